@@ -1,0 +1,1038 @@
+"""
+Laws of mvlt.py: the model, its masks, its losses and its files. `pytest -q test_mvlt.py`
+
+Where a law says "equal" it is checked in float64 on weights large enough to matter (`lively`); the references are plain loops written here.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import mvlt
+from mvlt import MVLT, Config
+
+settings.register_profile("mvlt", deadline=None, max_examples=25)
+settings.load_profile("mvlt")
+SEEDS = st.integers(0, 2**32 - 1)
+STYLES = st.sampled_from(mvlt.MASK_STYLES)
+SMALL = Config(
+    image_size=32, text_len=10, vocab_size=30, token_dim=16, dims=(16, 16, 24, 32), depths=(1, 2, 1, 1), heads=(1, 2, 3, 4), mlp_ratios=(2, 1, 1, 2),
+    sr_ratios=(4, 2, 1, 1), n_category=3, n_subcategory=5, embed_dim=8,
+)
+SPECIAL = [0, 1, 2, 3, 4]  # [PAD] [UNK] [CLS] [SEP] [MASK]
+CLS, SEP, MASK = 2, 3, 4
+
+
+@st.composite
+def configs(draw):
+    """Any legal configuration, of little work."""
+    patch = draw(st.sampled_from([2, 4]))
+    side = draw(st.integers(1, 3))  # of stage 4's map
+    heads = draw(st.tuples(*[st.integers(1, 3)] * 4))
+    return Config(
+        image_size=8 * patch * side, patch_size=patch, text_len=draw(st.integers(2, 9)), vocab_size=draw(st.integers(6, 20)), token_dim=draw(st.integers(2, 9)),
+        dims=tuple(h * draw(st.integers(2, 5)) for h in heads), depths=draw(st.tuples(*[st.integers(1, 2)] * 4)), heads=heads,
+        mlp_ratios=draw(st.tuples(*[st.integers(1, 2)] * 4)),
+        sr_ratios=tuple(draw(st.sampled_from([r for r in (1, 2, 3, 4, 8) if side * 2 ** (3 - k) % r == 0])) for k in range(4)),
+        attend_padding=draw(st.booleans()), n_category=draw(st.integers(1, 4)), n_subcategory=draw(st.integers(1, 4)), embed_dim=draw(st.integers(2, 5)),
+    )
+
+
+def lively(config, seed=0):
+    """A model in float64 and eval mode whose every weight matters: as initialised, attention would be nearly uniform and positions nearly 0."""
+    model, generator = MVLT(config).double().eval(), gen(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            if p.ndim > 1:
+                p.copy_(noise / math.prod(p.shape[1:]) ** 0.5 * (1 if "position" in name else 1.5))
+            else:
+                p.copy_(0.3 * noise + (1 if "norm" in name and name.endswith("weight") else 0))
+    return model
+
+
+def gen(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(config, batch, seed=0):
+    return torch.rand(batch, 3, config.image_size, config.image_size, generator=gen(seed), dtype=torch.float64)
+
+
+def captions(config, lengths, seed=0, width=None):
+    """One caption per entry of `lengths`: [CLS], ordinary words, [SEP], then padding up to `width`."""
+    tokens = torch.zeros(len(lengths), width or max(lengths), dtype=torch.long)
+    for row, length in zip(tokens, lengths):
+        row[:length] = torch.randint(len(SPECIAL), config.vocab_size, (length,), generator=gen(seed + length))
+        row[0], row[length - 1] = CLS, SEP
+    return tokens
+
+
+def everything(model, images, tokens, words=None):
+    """All that the model says of these pictures and captions, the first `words` words only."""
+    visual, text = model.encode(images, tokens)
+    where = torch.zeros_like(tokens, dtype=torch.bool)
+    where[:, 0] = True
+    return visual + [t[:, :words] for t in text] + [model.reconstruct(visual), model.match(text), model.predict_words(text, where), *model.recognise(text)]
+
+
+def assert_equal(ones, others, tolerance=1e-9):
+    for one, other in zip(ones, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def test_the_default_is_the_papers_table_1():
+    c = Config.preset("tiny")
+    assert (c.dims, c.depths, c.image_size, c.patch_size, c.text_len) == ((64, 128, 320, 512), (2, 2, 2, 2), 256, 4, 128)
+    assert [c.side(k) for k in range(4)] == [64, 32, 16, 8] and c == Config()
+
+
+def test_a_configuration_survives_json_and_cannot_be_edited():
+    assert Config(**json.loads(json.dumps(dataclasses.asdict(SMALL)))) == SMALL
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SMALL.image_size = 64
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(image_size=100), "image_size must be a multiple of 8 patch_size = 32, got 100"),
+    (dict(image_size=0), "image_size must be a positive whole number, got 0"),
+    (dict(patch_size=4.0), "patch_size must be a positive whole number, got 4.0"),
+    (dict(vocab_size=True), "vocab_size must be a positive whole number, got True"),
+    (dict(token_dim=-1), "token_dim must be a positive whole number, got -1"),
+    (dict(embed_dim="8"), "embed_dim must be a positive whole number, got '8'"),
+    (dict(text_len=1), "text_len must be at least 2 ([CLS] and [SEP]), got 1"),
+    (dict(dims=(64, 128, 320)), "dims must be four positive whole numbers, got (64, 128, 320)"),
+    (dict(depths=(2, 2, 0, 2)), "depths must be four positive whole numbers, got (2, 2, 0, 2)"),
+    (dict(heads=(1, 2, 5, 7)), "dims[3] must be a multiple of heads[3] = 7, got 512"),
+    (dict(sr_ratios=(8, 4, 3, 1)), "sr_ratios[2] must divide the side 16 of that stage's map, got 3"),
+    (dict(mlp_ratios=(8, 8, 4, -4)), "mlp_ratios must be four positive whole numbers, got (8, 8, 4, -4)"),
+    (dict(drop_path=1), "drop_path must lie in [0, 1), got 1"),
+    (dict(dropout=-0.1), "dropout must lie in [0, 1), got -0.1"),
+    (dict(n_category=-1), "n_category must be a whole number, 0 for no head, got -1"),
+    (dict(n_subcategory=1.5), "n_subcategory must be a whole number, 0 for no head, got 1.5"),
+])
+def test_an_impossible_value_is_refused_with_the_setting_the_rule_and_the_value(changes, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Config(**changes)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="preset must be one of nano, tiny, small, medium, large, got 'huge'"):
+        Config.preset("huge")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Shapes, and what may be absent
+
+
+@given(config=configs(), batch=st.integers(1, 3), data=st.data())
+def test_shapes_for_any_legal_configuration_batch_and_length_with_either_side_absent(config, batch, data):
+    model = MVLT(config).eval()
+    length = data.draw(st.integers(1, config.text_len))
+    images, tokens = pictures(config, batch).float(), torch.randint(config.vocab_size, (batch, length))
+    where = torch.rand(batch, length) < 0.5
+    for seen, read in ((images, tokens), (images, None), (None, tokens)):
+        visual, text = model.encode(seen, read)
+        if seen is None:
+            assert visual == []
+        else:
+            assert [v.shape for v in visual] == [(batch, config.dims[k], config.side(k), config.side(k)) for k in range(4)]
+            assert model.reconstruct(visual).shape == images.shape
+        if read is None:
+            assert text == []
+        else:
+            assert [t.shape for t in text] == [(batch, length, dim) for dim in config.dims]
+            assert model.match(text).shape == (batch, 2)
+            assert model.predict_words(text, where).shape == (where.sum(), config.vocab_size)
+            assert [logits.shape for logits in model.recognise(text)] == [(batch, config.n_category), (batch, config.n_subcategory)]
+    assert model.embed_images(images).shape == model.embed_texts(tokens).shape == (batch, config.embed_dim)
+
+
+@pytest.mark.parametrize("images, tokens, message", [
+    (None, None, "encode needs images or tokens"),
+    ((2, 3, 64, 64), None, "images must be (B, 3, 32, 32), got (2, 3, 64, 64)"),
+    ((2, 1, 32, 32), None, "images must be (B, 3, 32, 32), got (2, 1, 32, 32)"),
+    (None, (2, 11), "tokens must be (B, L) with L in 1..10, got (2, 11)"),
+    (None, (2, 0), "tokens must be (B, L) with L in 1..10, got (2, 0)"),
+    (None, (5,), "tokens must be (B, L) with L in 1..10, got (5,)"),
+])
+def test_inputs_of_another_shape_are_refused(images, tokens, message):
+    images, tokens = images and torch.zeros(images), tokens and torch.ones(tokens, dtype=torch.long)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MVLT(SMALL).encode(images, tokens)
+
+
+def test_recognition_without_its_heads_is_refused():
+    model = lively(dataclasses.replace(SMALL, n_subcategory=0))
+    _, text = model.encode(None, captions(SMALL, [4]))
+    with pytest.raises(ValueError, match="recognise needs n_category and n_subcategory above 0"):
+        model.recognise(text)
+
+
+@given(seed=SEEDS, lengths=st.lists(st.integers(2, 8), min_size=1, max_size=3))
+def test_each_side_attends_to_the_other(seed, lengths):
+    model, images, tokens = lively(SMALL, seed), pictures(SMALL, len(lengths), seed), captions(SMALL, lengths, seed)
+    visual, text = model.encode(images, tokens)
+    alone, _ = model.encode(images, None)
+    _, unseen = model.encode(None, tokens)
+    assert all((a - b).abs().max() > 1e-6 for a, b in zip(visual + text, alone + unseen))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Padding, neighbours, evaluation mode
+
+
+@given(seed=SEEDS, lengths=st.lists(st.integers(2, 8), min_size=1, max_size=3), more=st.integers(1, 2), with_picture=st.booleans())
+def test_more_padding_changes_nothing(seed, lengths, more, with_picture):
+    model, short = lively(SMALL, seed), captions(SMALL, lengths, seed)
+    images = pictures(SMALL, len(lengths), seed)
+    long = torch.cat([short, torch.zeros(len(lengths), more, dtype=torch.long)], dim=1)
+    if with_picture:
+        assert_equal(everything(model, images, short, min(lengths)), everything(model, images, long, min(lengths)))
+    else:
+        assert_equal(*[[t[:, : min(lengths)] for t in model.encode(None, tokens)[1]] for tokens in (short, long)])
+    assert_equal([model.embed_texts(short)], [model.embed_texts(long)], 1e-6)  # the towers answer in float32
+
+
+@given(seed=SEEDS, lengths=st.lists(st.integers(2, 8), min_size=1, max_size=3))
+def test_what_stands_at_the_padding_changes_nothing(seed, lengths):
+    model, images, tokens = lively(SMALL, seed), pictures(SMALL, len(lengths), seed), captions(SMALL, lengths, seed, width=10)
+    before = [everything(model, images[i : i + 1], tokens[i : i + 1], length) for i, length in enumerate(lengths)]
+    vectors = model.embed_texts(tokens)
+    with torch.no_grad():
+        model.words.word.weight[0] += 5  # [PAD]
+    where = tokens == 0
+    assert where.any()
+    after = [everything(model, images[i : i + 1], tokens[i : i + 1], length) for i, length in enumerate(lengths)]
+    for one, other in zip(before, after):
+        one[-3], other[-3] = one[-3][:, 1:], other[-3][:, 1:]  # the logit of [PAD] itself is tied to what was changed
+        assert_equal(one, other)
+    assert_equal([vectors], [model.embed_texts(tokens)], 1e-6)
+
+
+def test_with_attend_padding_more_padding_does_change_the_result_as_in_the_authors_code():
+    model, images = lively(dataclasses.replace(SMALL, attend_padding=True)), pictures(SMALL, 1)
+    short, long = captions(SMALL, [4]), captions(SMALL, [4], width=8)
+    assert (model.match(model.encode(images, short)[1]) - model.match(model.encode(images, long)[1])).abs().max() > 1e-6
+
+
+def test_an_empty_caption_and_even_a_row_of_padding_give_numbers():
+    tokens = torch.tensor([[CLS, SEP, 0], [0, 0, 0]])
+    model = lively(SMALL)
+    assert all(out.isfinite().all() for out in everything(model, pictures(SMALL, 2), tokens) + [model.embed_texts(tokens)])
+
+
+@given(seed=SEEDS, lengths=st.lists(st.integers(2, 10), min_size=2, max_size=3))
+def test_a_result_does_not_depend_on_the_neighbours_in_the_batch(seed, lengths):
+    model, images, tokens = lively(SMALL, seed), pictures(SMALL, len(lengths), seed), captions(SMALL, lengths, seed)
+    together = everything(model, images, tokens) + [model.embed_images(images), model.embed_texts(tokens)]
+    for i in range(len(lengths)):
+        one, words = images[i : i + 1], tokens[i : i + 1]
+        alone = everything(model, one, words) + [model.embed_images(one), model.embed_texts(words)]
+        assert_equal([out[i : i + 1] for out in together], alone, 1e-6)  # 1e-6: pictures and towers are float32
+        assert_equal([out[i : i + 1] for out in together[:8]], alone[:8])
+
+
+def test_dropout_and_drop_path_work_in_training_and_are_off_in_evaluation():
+    config = dataclasses.replace(SMALL, dropout=0.5, drop_path=0.5)
+    images, tokens = pictures(config, 4), captions(config, [6] * 4)
+    model, plain = lively(config), lively(dataclasses.replace(config, dropout=0.0, drop_path=0.0))
+    assert_equal(everything(model, images, tokens), everything(plain, images, tokens), 0)
+    for part in (mvlt.DropPath, nn.Dropout):
+        model.eval()
+        for module in model.modules():
+            module.train(isinstance(module, part)) if isinstance(module, part) else None
+        torch.manual_seed(0)
+        assert (everything(model, images, tokens)[7] - everything(plain, images, tokens)[7]).abs().max() > 1e-3
+
+
+@given(seed=SEEDS, rate=st.sampled_from([0.1, 0.5, 0.9]), batch=st.integers(1, 20))
+def test_drop_path_skips_whole_samples_and_scales_up_the_rest(seed, rate, batch):
+    torch.manual_seed(seed)
+    branch = torch.rand(batch, 3, 2, dtype=torch.float64) + 1
+    for one, out in zip(branch, mvlt.DropPath(rate).train()(branch)):
+        assert (out == 0).all() or torch.allclose(out, one / (1 - rate))
+
+
+def test_drop_path_grows_from_0_to_its_rate_and_drops_that_share():
+    """False alarm: each of the 4000 samples is dropped with probability 0.3; Bernstein's bound fails for one seed in 1e9."""
+    rates = [block.drop_path.rate for stage in MVLT(dataclasses.replace(SMALL, drop_path=0.4)).stages for block in stage.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    torch.manual_seed(0)
+    dropped = (mvlt.DropPath(0.3).train()(torch.ones(4000, 1, 1)) == 0).sum().item()
+    assert abs(dropped - 1200) <= deviation(4000, 0.3)
+
+
+def test_recomputing_activations_changes_neither_results_nor_gradients():
+    results = []
+    for recompute in (False, True):
+        model = lively(SMALL)
+        model.recompute = recompute
+        out = model.match(model.encode(pictures(SMALL, 2), captions(SMALL, [5, 7]))[1])
+        out.square().sum().backward()
+        results.append([out] + [p.grad for p in model.parameters() if p.grad is not None])
+    assert len(results[0]) > 100
+    assert_equal(*results)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def plain_attention(attention, z, words, side, seen):
+    """The same, one number at a time: z (L + N, D), seen a list of bool for the words; pictures are always seen."""
+    D, heads, R = z.shape[1], attention.heads, attention.sr.kernel_size[0] if attention.sr else 1
+    keys, allowed = [z[i] for i in range(words)], list(seen)
+    for row, column in itertools.product(range(0, side, R), range(0, side, R)):
+        window = {(i, j): z[words + (row + i) * side + column + j] for i in range(R) for j in range(R)}
+        key = window[0, 0]
+        if R > 1:
+            key = attention.sr.bias + sum(attention.sr.weight[:, :, i, j] @ patch for (i, j), patch in window.items())
+            key = layer_norm(key, attention.norm.weight, attention.norm.bias, 1e-5)
+        keys.append(key)
+        allowed.append(True)
+    weight, bias, d = attention.kv.weight, attention.kv.bias, D // heads
+    out = torch.zeros_like(z)
+    for i, h in itertools.product(range(len(z)), range(heads)):
+        part = slice(h * d, (h + 1) * d)
+        q = (attention.q.weight @ z[i] + attention.q.bias)[part]
+        exps = [float(ok) * torch.exp(q @ (weight[:D] @ key + bias[:D])[part] / d**0.5) for key, ok in zip(keys, allowed)]
+        values = [(weight[D:] @ key + bias[D:])[part] for key in keys]
+        out[i, part] = sum(e / sum(exps) * v for e, v in zip(exps, values))
+    return torch.stack([attention.proj.weight @ row + attention.proj.bias for row in out])
+
+
+def layer_norm(x, weight, bias, eps):
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / ((x - mean) ** 2).mean(-1, keepdim=True).add(eps).sqrt() * weight + bias
+
+
+@torch.no_grad()
+@given(seed=SEEDS, heads=st.integers(1, 3), each=st.integers(1, 3), reduction=st.integers(1, 2), windows=st.integers(0, 2), data=st.data())
+def test_attention_with_reduction_equals_a_plain_loop(seed, heads, each, reduction, windows, data):
+    seen = data.draw(st.lists(st.booleans(), max_size=3)) if windows else [True] + data.draw(st.lists(st.booleans(), max_size=3))
+    torch.manual_seed(seed)
+    side, dim = reduction * windows, heads * each
+    attention = mvlt.Attention(dim, heads, reduction).double()
+    z = torch.randn(1, len(seen) + side * side, dim, dtype=torch.float64)
+    mask = torch.tensor(seen + [True] * windows**2)[None, None, None]
+    out = attention(z, len(seen), side, mask)[0]
+    assert_equal([out], [plain_attention(attention, z[0], len(seen), side, seen)])
+    if all(seen):
+        assert_equal([attention(z, len(seen), side, None)[0]], [out])
+
+
+@torch.no_grad()
+@given(seed=SEEDS, heads=st.integers(1, 4), each=st.integers(1, 4), batch=st.integers(1, 3), words=st.integers(1, 5), side=st.integers(0, 3))
+def test_attention_without_reduction_equals_nn_multihead_attention(seed, heads, each, batch, words, side):
+    torch.manual_seed(seed)
+    ours, reference = mvlt.Attention(heads * each, heads, 1).double(), nn.MultiheadAttention(heads * each, heads, batch_first=True).double()
+    reference.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.kv.weight]))
+    reference.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.kv.bias]))
+    reference.out_proj.load_state_dict(ours.proj.state_dict())
+    z = torch.randn(batch, words + side**2, heads * each, dtype=torch.float64)
+    seen = torch.rand(batch, words + side**2) < 0.7
+    seen[:, 0] = True
+    assert_equal([ours(z, words, side, seen[:, None, None])], [reference(z, z, z, key_padding_mask=~seen, need_weights=False)[0]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Picture masks
+
+
+def deviation(n, p, alarm=1e-9):
+    """How far a binomial count may be from n p: by Bernstein's inequality, further with a probability below `alarm`."""
+    a = math.log(2 / alarm)
+    return a / 3 + math.sqrt(a**2 / 9 + 2 * a * n * p * (1 - p))
+
+
+UNITS = dict(h=st.integers(1, 8), w=st.integers(1, 8), unit=st.integers(1, 5), ratio=st.floats(0, 1), seed=SEEDS)
+
+
+@given(**UNITS, batch=st.integers(1, 4))
+def test_random_hides_exactly_its_share_of_whole_aligned_units_in_every_picture(h, w, unit, ratio, seed, batch):
+    images = torch.rand(batch, 3, h * unit, w * unit, generator=gen(seed))
+    _, hidden = mvlt.mask_images(images, "random", ratio, unit, gen(seed))
+    units = hidden[:, 0, ::unit, ::unit]
+    assert (units.sum(dim=(1, 2)) == round(ratio * h * w)).all()
+    for i, j in itertools.product(range(h * unit), range(w * unit)):
+        assert (hidden[:, 0, i, j] == units[:, i // unit, j // unit]).all()
+
+
+def test_random_makes_every_choice_of_units_equally_likely():
+    """False alarm: 20 choices of 3 in 6 units, 20000 draws, each count within Bernstein's bound for 1e-9: fails for one seed in 5e7."""
+    units = mvlt.draw_units(20000, (2, 3), "random", 0.5, 1, gen(0)).flatten(1)
+    counts = (units * 2 ** torch.arange(6)).sum(1).bincount(minlength=64)
+    for number, count in enumerate(counts.tolist()):
+        if number.bit_count() == 3:
+            assert abs(count - 1000) <= deviation(20000, 1 / 20)
+        else:
+            assert count == 0
+
+
+@given(style=STYLES, **UNITS)
+def test_hidden_pixels_are_filled_the_others_kept_and_the_input_is_not_edited(style, h, w, unit, ratio, seed):
+    images = torch.rand(2, 3, h * unit, w * unit, generator=gen(seed)) + 0.1
+    before = images.clone()
+    masked, hidden = mvlt.mask_images(images, style, ratio, unit, gen(seed))
+    assert hidden.shape == (2, 1, h * unit, w * unit) and hidden.dtype == torch.bool
+    assert torch.equal(images, before)
+    assert torch.equal(masked, torch.where(hidden, 1e-6, images))
+    again, _ = mvlt.mask_images(images, style, ratio, unit, gen(seed))
+    assert torch.equal(masked, again)  # the same generator gives the same mask
+    assert hidden.all() if ratio == 1 else not hidden.any() if ratio == 0 else True
+
+
+@pytest.mark.parametrize("style", ["random", "stroke"])
+def test_another_generator_gives_another_mask_and_pictures_differ(style):
+    units = mvlt.draw_units(2, (32, 32), style, 0.5, 4, gen(0))
+    assert not torch.equal(units[0], units[1]) and not torch.equal(units, mvlt.draw_units(2, (32, 32), style, 0.5, 4, gen(1)))
+
+
+@given(h=st.integers(1, 9), w=st.integers(1, 9), ratio=st.floats(0, 1))
+def test_grid_is_a_regular_lattice_and_none_comes_nearer_to_the_ratio(h, w, ratio):
+    units = mvlt.draw_units(2, (h, w), "grid", ratio, 1)
+    lattice = units[0, 0].tolist()
+    assert torch.equal(units[0], units[1])
+    assert all(lattice[i][j + 1] == lattice[i + 1][j] for i in range(h - 1) for j in range(w - 1))
+    share = sum(map(sum, lattice)) / (h * w)
+    for m in range(1, max(h, w) + 1):
+        for n in range(m + 1):
+            other = sum((i + j) % m < n for i in range(h) for j in range(w)) / (h * w)
+            assert abs(share - ratio) <= abs(other - ratio) + 1e-6
+
+
+def test_grid_at_one_half_is_a_chessboard():
+    assert mvlt.draw_units(1, (64, 64), "grid", 0.5, 16)[0, 0].tolist() == [[(i + j) % 2 == 0 for j in range(4)] for i in range(4)]
+
+
+@given(H=st.integers(1, 40), W=st.integers(1, 40), ratio=st.floats(0, 1))
+def test_center_is_one_centred_rectangle_of_that_area(H, W, ratio):
+    hidden = mvlt.draw_units(1, (H, W), "center", ratio, 1)[0, 0]
+    rows, columns = hidden.any(1), hidden.any(0)
+    h, w = rows.sum().item(), columns.sum().item()
+    assert torch.equal(hidden, rows[:, None] & columns)
+    assert abs(h - H * ratio**0.5) <= 0.5 and abs(w - W * ratio**0.5) <= 0.5
+    if h and w:
+        top, left = rows.nonzero()[0].item(), columns.nonzero()[0].item()
+        assert rows[top : top + h].all() and columns[left : left + w].all()
+        assert abs(top - (H - h) / 2) <= 0.5 and abs(left - (W - w) / 2) <= 0.5
+
+
+@given(side=st.integers(8, 48), width=st.integers(1, 6), ratio=st.floats(0, 1), seed=SEEDS)
+def test_strokes_reach_the_ratio_and_pass_it_by_less_than_one_stroke(side, width, ratio, seed):
+    size = side * width
+    if size <= 64:
+        hidden = mvlt.draw_units(1, (size, size), "stroke", ratio, width, gen(seed))[0, 0].sum().item()
+        assert round(ratio * size**2) <= hidden < max(1, round(ratio * size**2)) + (width + 2) * (size / 2 + width + 2)
+
+
+@pytest.mark.parametrize("style, ratio, unit, message", [
+    ("dots", 0.5, 4, "mask style must be one of random, grid, stroke, center, got 'dots'"),
+    ("random", 1.5, 4, "mask ratio must lie in [0, 1], got 1.5"),
+    ("grid", float("nan"), 4, "mask ratio must lie in [0, 1], got nan"),
+    ("random", 0.5, 5, "mask unit must divide the picture's sides 16 and 24, got 5"),
+    ("center", 0.5, 0, "mask unit must divide the picture's sides 16 and 24, got 0"),
+])
+def test_an_impossible_mask_is_refused(style, ratio, unit, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mvlt.mask_images(torch.zeros(1, 3, 16, 24), style, ratio, unit)
+
+
+@given(style=STYLES, seed=SEEDS, ratio=st.floats(0.1, 0.9))
+def test_hidden_pixels_cannot_leak(style, seed, ratio):
+    model, tokens, images = lively(SMALL).float(), captions(SMALL, [5, 7]), torch.rand(2, 3, 32, 32, generator=gen(seed))
+    masked, hidden = mvlt.mask_images(images, style, ratio, 4, gen(seed))
+    others, _ = mvlt.mask_images(torch.where(hidden, 1 - images, images), style, ratio, 4, gen(seed))
+    assert_equal(everything(model, masked, tokens), everything(model, others, tokens), 0)
+    if not hidden.all():
+        shown, _ = mvlt.mask_images(torch.where(hidden, images, 1 - images), style, ratio, 4, gen(seed))
+        assert any((one != other).any() for one, other in zip(everything(model, masked, tokens), everything(model, shown, tokens)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Word masks
+
+
+def mask_words(tokens, ratio=0.15, seed=0, vocab_size=30):
+    return mvlt.mask_tokens(tokens, vocab_size=vocab_size, mask_id=MASK, special_ids=SPECIAL, ratio=ratio, generator=gen(seed))
+
+
+@given(seed=SEEDS, lengths=st.lists(st.integers(2, 30), min_size=1, max_size=5), ratio=st.floats(0, 1))
+def test_word_masks_touch_ordinary_words_only_at_least_one_per_caption_and_keep_the_rest(seed, lengths, ratio):
+    tokens = captions(SMALL, lengths, seed)
+    before = tokens.clone()
+    masked, where = mask_words(tokens, ratio, seed)
+    assert torch.equal(tokens, before)
+    assert torch.equal(masked[~where], tokens[~where])
+    assert (tokens[where] >= len(SPECIAL)).all()  # neither [CLS] nor [SEP] nor padding is to be predicted
+    assert ((masked[where] == MASK) | (masked[where] >= len(SPECIAL))).all()  # and no special word is drawn
+    if ratio > 0:
+        assert (where.any(1) == torch.tensor([length > 2 for length in lengths])).all()
+    else:
+        assert not where.any()
+    if ratio == 1:
+        assert torch.equal(where, tokens >= len(SPECIAL))
+    again, where_again = mask_words(tokens, ratio, seed)
+    assert torch.equal(masked, again) and torch.equal(where, where_again)
+
+
+@pytest.mark.parametrize("words, captions_", [(400, 400), (1, 20000)])  # long captions; captions whose only word has to be chosen
+def test_15_percent_of_the_words_are_chosen_and_of_those_80_masked_10_replaced_10_kept(words, captions_):
+    """False alarm: at most 29 counts, each within Bernstein's bound for 1e-9: fails for one seed in 3e7."""
+    word = 7
+    tokens = torch.full((captions_, words + 2), word)
+    tokens[:, 0], tokens[:, -1] = CLS, SEP
+    masked, where = mask_words(tokens)
+    n = where.sum().item()
+    if words > 1:  # no caption of 400 words is left without a choice but for 0.85^400 = 6e-29
+        assert abs(n - 0.15 * words * captions_) <= deviation(words * captions_, 0.15)
+    else:
+        assert n == captions_
+    counts = masked[where].bincount(minlength=30).tolist()
+    assert abs(counts[MASK] - 0.8 * n) <= deviation(n, 0.8)
+    assert abs(counts[word] - (0.1 + 0.1 / 25) * n) <= deviation(n, 0.1 + 0.1 / 25)  # kept, or replaced by itself
+    for other in set(range(5, 30)) - {word}:
+        assert abs(counts[other] - 0.1 / 25 * n) <= deviation(n, 0.1 / 25)
+
+
+def test_the_word_that_has_to_be_chosen_is_any_of_the_caption():
+    """False alarm: 4 counts within Bernstein's bound for 1e-9: fails for one seed in 2e8."""
+    tokens = torch.tensor([[CLS, 5, 6, 7, 8, SEP, 0]]).repeat(8000, 1)
+    _, where = mask_words(tokens, ratio=1e-9)
+    assert (where.sum(1) == 1).all()
+    assert all(abs(where[:, i].sum().item() - 2000) <= deviation(8000, 0.25) for i in range(1, 5))
+
+
+def test_word_masks_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match=re.escape("mask ratio of words must lie in [0, 1], got 2")):
+        mask_words(captions(SMALL, [4]), ratio=2)
+    with pytest.raises(ValueError, match="special_ids must leave an ordinary word, got 5"):
+        mask_words(torch.tensor([[CLS, SEP]]), vocab_size=5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Losses
+
+NUMBERS = st.floats(-3, 3, width=32)
+
+
+@given(pairs=st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=12))
+def test_mir_loss_is_smooth_l1_number_by_number(pairs):
+    rebuilt, images = (torch.tensor(side).view(1, 1, 1, -1) for side in zip(*pairs))
+    expected = [0.5 * (a - b) ** 2 if abs(a - b) < 1 else abs(a - b) - 0.5 for a, b in pairs]
+    assert mvlt.mir_loss(rebuilt, images).item() == pytest.approx(sum(expected) / len(pairs), abs=1e-5)
+    assert mvlt.mir_loss(images, images).item() == 0  # a perfect reconstruction costs nothing
+
+
+@pytest.mark.parametrize("error, value, slope", [(0.3, 0.045, 0.3), (-0.3, 0.045, -0.3), (0.999, 0.499, 0.999), (1.001, 0.501, 1), (2, 1.5, 1), (-2, 1.5, -1)])
+def test_mir_loss_has_its_value_and_slope_on_both_sides_of_1(error, value, slope):
+    rebuilt = torch.tensor([[[[error, 0.0]]]], requires_grad=True)
+    loss = mvlt.mir_loss(rebuilt, torch.zeros(1, 1, 1, 2))
+    loss.backward()
+    assert loss.item() == pytest.approx(value / 2, abs=1e-3)
+    assert rebuilt.grad.flatten().tolist() == pytest.approx([slope / 2, 0])
+
+
+def cross_entropy(logits, right):
+    return -math.log(math.exp(logits[right]) / sum(map(math.exp, logits)))
+
+
+@given(rows=st.lists(st.tuples(NUMBERS, NUMBERS, st.booleans()), min_size=1, max_size=6))
+def test_itm_loss_is_the_cross_entropy_worked_by_hand(rows):
+    logits, matched = torch.tensor([row[:2] for row in rows]), torch.tensor([row[2] for row in rows])
+    expected = sum(cross_entropy(row[:2], int(row[2])) for row in rows) / len(rows)
+    assert mvlt.itm_loss(logits, matched).item() == pytest.approx(expected, abs=1e-5)
+
+
+@given(rows=st.lists(st.tuples(st.lists(NUMBERS, min_size=5, max_size=5), st.integers(-1, 4)), min_size=1, max_size=6))
+def test_mlm_and_recognition_losses_are_the_cross_entropy_worked_by_hand_over_what_is_known(rows):
+    logits, right = torch.tensor([row[0] for row in rows]), torch.tensor([row[1] for row in rows])
+    known = [cross_entropy(*row) for row in rows if row[1] >= 0]
+    expected = sum(known) / max(1, len(known))
+    assert mvlt.recognition_loss(logits, right).item() == pytest.approx(expected, abs=1e-5)
+    assert mvlt.mlm_loss(logits[right >= 0], right[right >= 0]).item() == pytest.approx(expected, abs=1e-5)
+
+
+@given(mir=NUMBERS, itm=NUMBERS, mlm=NUMBERS)
+def test_the_total_is_10_1_1(mir, itm, mlm):
+    parts = {name: torch.tensor(part, dtype=torch.float64) for name, part in dict(mir=mir, itm=itm, mlm=mlm).items()}
+    assert mvlt.total_loss(parts).item() == pytest.approx(10 * mir + itm + mlm, abs=1e-12)
+
+
+def test_mlm_with_nothing_hidden_costs_0_with_gradient_0():
+    model, tokens = lively(SMALL), captions(SMALL, [5, 7])
+    _, text = model.encode(pictures(SMALL, 2), tokens)
+    nowhere = torch.zeros_like(tokens, dtype=torch.bool)
+    loss = mvlt.mlm_loss(model.predict_words(text, nowhere), tokens[nowhere])
+    loss.backward()
+    assert loss.item() == 0
+    assert model.word_head.dense.weight.grad is not None
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
+@given(seed=SEEDS, products=st.lists(st.integers(0, 3), min_size=1, max_size=6), log_scale=st.floats(-1, 3))
+def test_itc_loss_equals_a_plain_loop_in_which_the_same_product_is_never_a_negative(seed, products, log_scale):
+    images, texts = nn.functional.normalize(torch.randn(2, len(products), 4, generator=gen(seed), dtype=torch.float64), dim=-1)
+    same = torch.tensor(products)[:, None] == torch.tensor(products)
+    costs = []
+    for one, other in ((images, texts), (texts, images)):
+        for i, product in enumerate(products):
+            rivals = [i] + [j for j, rival in enumerate(products) if rival != product]
+            costs.append(cross_entropy([(math.exp(log_scale) * one[i] @ other[j]).item() for j in rivals], 0))
+    loss = mvlt.itc_loss(images, texts, torch.tensor(log_scale), same).item()
+    assert loss == pytest.approx(sum(costs) / len(costs), abs=1e-5)
+    assert mvlt.itc_loss(texts, images, torch.tensor(log_scale), same).item() == pytest.approx(loss, abs=1e-6)
+
+
+def test_itc_loss_gives_no_gradient_to_an_entry_of_the_same_product_and_bounds_its_scale_at_100():
+    images, texts = nn.functional.normalize(torch.randn(2, 3, 4, generator=gen(0)), dim=-1)
+    texts.requires_grad_()
+    same = torch.ones(3, 3, dtype=torch.bool)
+    loss = mvlt.itc_loss(images, texts, torch.tensor(1.0), same)
+    loss.backward()
+    assert loss.item() == 0 and (texts.grad == 0).all()  # every other entry is the same product: nothing to tell apart
+    apart = torch.eye(3, dtype=torch.bool)
+    assert mvlt.itc_loss(images, texts, torch.tensor(50.0), apart) == mvlt.itc_loss(images, texts, torch.tensor(100.0).log(), apart)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Which loss reaches which part
+
+REACHED = {
+    "mir": {"words", "stages", "decoder"},
+    "itm": {"words", "stages", "match_head"},
+    "mlm": {"words", "stages", "word_head"},
+    "itc": {"words", "stages", "image_tower", "text_tower", "log_scale"},
+    "recognition": {"words", "stages", "category_head", "subcategory_head"},
+}
+
+
+def losses(model):
+    """Every loss of the model on one small batch."""
+    images, tokens = pictures(SMALL, 3), captions(SMALL, [10, 7, 8])
+    where = torch.zeros_like(tokens, dtype=torch.bool)
+    where[:, 2:4] = True
+    visual, text = model.encode(images, tokens)
+    category, subcategory = model.recognise(text)
+    classes = torch.tensor([0, 1, 2])
+    return {
+        "mir": mvlt.mir_loss(model.reconstruct(visual), images),
+        "itm": mvlt.itm_loss(model.match(text), torch.tensor([1, 0, 1])),
+        "mlm": mvlt.mlm_loss(model.predict_words(text, where), tokens[where]),
+        "itc": mvlt.itc_loss(model.embed_images(images), model.embed_texts(tokens), model.log_scale, torch.eye(3, dtype=torch.bool)),
+        "recognition": mvlt.recognition_loss(category, classes) + mvlt.recognition_loss(subcategory, classes),
+    }
+
+
+def touched(model, loss):
+    """The names of the parameters to which a loss gives a gradient (above rounding)."""
+    names, parameters = zip(*model.named_parameters())
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    return {name for name, gradient in zip(names, gradients) if gradient is not None and gradient.abs().max() > 1e-9}
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_a_loss_reaches_every_parameter_of_its_parts_and_of_no_other(name):
+    model = lively(SMALL)
+    assert touched(model, losses(model)[name]) == {p for p, _ in model.named_parameters() if p.split(".")[0] in REACHED[name]}
+
+
+def test_every_parameter_is_reached_by_the_total_loss():
+    model = lively(SMALL)
+    parts = losses(model)
+    eq_8 = mvlt.total_loss({name: parts[name] for name in ("mir", "itm", "mlm")})
+    ours = {"image_tower", "text_tower", "log_scale", "category_head", "subcategory_head"}  # what the paper's pre-training does not have
+    assert touched(model, eq_8) == {p for p, _ in model.named_parameters() if p.split(".")[0] not in ours}
+    assert touched(model, sum(parts.values())) == {p for p, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_mir_reads_each_of_the_four_maps(level):
+    model = lively(SMALL)
+    visual, _ = model.encode(pictures(SMALL, 1), captions(SMALL, [5]))
+    without = [torch.zeros_like(v) if k == level else v for k, v in enumerate(visual)]
+    assert (model.reconstruct(visual) - model.reconstruct(without)).abs().max() > 1e-3
+
+
+@given(seed=SEEDS, lengths=st.lists(st.integers(2, 10), min_size=1, max_size=3))
+def test_towers_give_unit_vectors_from_one_side_alone(seed, lengths):
+    model, images, tokens = lively(SMALL, seed), pictures(SMALL, len(lengths), seed), captions(SMALL, lengths, seed)
+    for vectors in (model.embed_images(images), model.embed_texts(tokens)):
+        assert_equal([vectors.norm(dim=1)], [torch.ones(len(lengths))], 1e-6)
+    _, text = model.encode(None, tokens)
+    for i, length in enumerate(lengths):
+        mean = sum(text[3][i, j] for j in range(length)) / length
+        assert_equal([model.text_tower(mean[None])], [model.embed_texts(tokens)[i : i + 1]], 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Our own files
+
+
+def test_save_then_load_gives_the_same_model(tmp_path):
+    model = lively(SMALL).float()
+    model.vocabulary, model.labels = ["[PAD]", "été"], {"category": ["COATS"], "subcategory": []}
+    mvlt.save(tmp_path / "model.pt", model, step=7, run={"seed": 1})
+    loaded = mvlt.load(tmp_path / "model.pt")
+    assert (loaded.config, loaded.vocabulary, loaded.labels) == (model.config, model.vocabulary, model.labels)
+    assert not loaded.training
+    images, tokens = pictures(SMALL, 2).float(), captions(SMALL, [5, 7])
+    assert_equal(everything(loaded, images, tokens), everything(model, images, tokens), 0)
+    contents = mvlt.read(tmp_path / "model.pt")
+    assert (contents["step"], contents["run"]) == (7, {"seed": 1}) and os.listdir(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.parametrize("moment", ["torch.save", "os.fsync", "os.replace"])
+def test_a_write_that_is_stopped_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, moment):
+    model, path = MVLT(SMALL), tmp_path / "model.pt"
+    mvlt.save(path, model, step=1)
+
+    def stopped(*args):
+        if moment == "torch.save":
+            args[1].write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(moment, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        mvlt.save(path, model, step=2)
+    assert mvlt.read(path)["step"] == 1 and os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path, monkeypatch):
+    model, path = MVLT(SMALL), tmp_path / "model.pt"
+    mvlt.save(path, model, step=1)
+    monkeypatch.setattr("os.fsync", lambda file: os.kill(os.getpid(), 9))
+    child = os.fork()
+    if child == 0:
+        mvlt.save(path, model, step=2)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == 9
+    assert mvlt.read(path)["step"] == 1
+
+
+class Bomb:
+    """A pickle that makes a folder when it is opened by a trusting reader."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+OPEN = [mvlt.read, mvlt.load, mvlt.load_official, lambda path: mvlt.load_pvt(MVLT(SMALL), path)]
+
+
+@pytest.mark.parametrize("open_file", OPEN)
+@pytest.mark.parametrize("write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, open_file, write):
+    write({"model": Bomb(tmp_path / "exploded")}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model.pt: not a whole file of plain tensors \(.*mkdir.*\)$"):
+        open_file(tmp_path / "model.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("open_file", OPEN)
+def test_what_is_no_checkpoint_is_refused_by_its_name_in_one_line(tmp_path, open_file):
+    (tmp_path / "notes.pt").write_text("These are notes.")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name in ("notes.pt", "empty.pt", "absent.pt", "."):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))) as error:
+            open_file(tmp_path / name)
+        assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+
+
+@settings(max_examples=15)
+@given(share=st.floats(0, 0.9999))
+def test_a_truncated_file_is_refused(tmp_path_factory, share):
+    path = tmp_path_factory.getbasetemp() / "whole.pt"
+    if not path.exists():
+        mvlt.save(path, MVLT(SMALL))
+    cut = path.with_name("cut.pt")
+    cut.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    for open_file in OPEN:
+        with pytest.raises(ValueError, match="cut.pt: not a whole file of plain tensors"):
+            open_file(cut)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda contents: contents.pop("config"), lambda contents: contents["model"].popitem(), lambda contents: contents["config"].update(colour=1),
+    lambda contents: contents["config"].update(vocab_size=31), lambda contents: contents.update(model=3), lambda contents: contents.update(config=3),
+])
+def test_a_file_of_tensors_that_is_no_model_of_ours_is_refused_in_one_line(tmp_path, spoil):
+    mvlt.save(tmp_path / "model.pt", MVLT(SMALL))
+    contents = mvlt.read(tmp_path / "model.pt")
+    spoil(contents)
+    torch.save(contents, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model.pt: .+") as error:
+        mvlt.load(tmp_path / "model.pt")
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Other people's weights
+
+
+def visual_weights(c, image_size):
+    """PVT's names and shapes by rule, filled with noise: a checkpoint for pictures of that size."""
+    shapes, below = {"cls_token": (1, 1, c.dims[3])}, 3
+    for k, (D, R, hidden) in enumerate(zip(c.dims, c.sr_ratios, c.mlp_ratios)):
+        side, stride = image_size // (c.patch_size << k), 2 if k else c.patch_size
+        shapes[f"pos_embed{k + 1}"] = (1, side**2 + (k == 3), D)  # stage 4 has a class slot
+        shapes |= with_bias(f"patch_embed{k + 1}.proj", D, below, stride, stride) | with_bias(f"patch_embed{k + 1}.norm", D)
+        for i in range(c.depths[k]):
+            block = f"block{k + 1}.{i}"
+            shapes |= with_bias(f"{block}.norm1", D) | with_bias(f"{block}.norm2", D)
+            shapes |= with_bias(f"{block}.attn.q", D, D) | with_bias(f"{block}.attn.kv", 2 * D, D) | with_bias(f"{block}.attn.proj", D, D)
+            shapes |= with_bias(f"{block}.mlp.fc1", hidden * D, D) | with_bias(f"{block}.mlp.fc2", D, hidden * D)
+            if R > 1:
+                shapes |= with_bias(f"{block}.attn.sr", D, D, R, R) | with_bias(f"{block}.attn.norm", D)
+        below = D
+    return noise(shapes)
+
+
+def pvt_weights(c, image_size):
+    return visual_weights(c, image_size) | noise(with_bias("norm", c.dims[3]) | with_bias("head", 1000, c.dims[3]))
+
+
+def official_weights(c, image_size, long=16):
+    """The MVLT authors' names and shapes by rule; their position table of words has `long` rows, of which the first text_len are used."""
+    words, shapes = "text_embeddings", {}
+    shapes[f"{words}.word_embeddings.weight"] = (c.vocab_size, c.token_dim)
+    shapes[f"{words}.position_embeddings.weight"] = (long, c.token_dim)
+    shapes[f"{words}.token_type_embeddings.weight"] = (2, c.token_dim)
+    shapes |= with_bias(f"{words}.LayerNorm", c.token_dim)
+    for k, (below, D) in enumerate(zip((c.token_dim, *c.dims), c.dims)):
+        shapes |= with_bias(f"text_embed{k + 1}.0", D, below) | with_bias(f"text_embed{k + 1}.1", D) | {f"text_pos_embed{k + 1}": (1, c.text_len, D)}
+    for head, classes in dict(itm=2, sup_cls=c.n_category, sub_cls=c.n_subcategory, mlm=0).items():
+        shapes |= with_bias(f"{head}_head_embed.0", c.token_dim, c.dims[3]) | with_bias(f"{head}_head_embed.1", c.token_dim)
+        if classes:
+            shapes |= with_bias(f"{head}_head.linear", classes, c.token_dim) | {f"{head}_head.linear_bias": (classes,)}
+    shapes |= with_bias("mlm_head.transform.dense", c.token_dim, c.token_dim) | with_bias("mlm_head.transform.LayerNorm", c.token_dim)
+    shapes |= {"mlm_head.bias": (c.vocab_size,)} | with_bias("t2i_head.score.0", 3, 12, 1, 1)
+    weights = visual_weights(c, image_size) | noise(shapes)
+    weights["mlm_head.mlm_decoder.weight"] = weights[f"{words}.word_embeddings.weight"]
+    weights[f"{words}.position_ids"] = torch.arange(long)[None]
+    return weights
+
+
+def with_bias(name, *shape):
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def noise(shapes):
+    """Weights of each shape, large enough to matter."""
+    generator = gen(0)
+    return {
+        name: torch.randn(shape, generator=generator) * (1.5 / math.prod(shape[1:]) ** 0.5 if len(shape) > 1 else 0.3) + (1 if len(shape) == 1 and name.endswith("weight") else 0)
+        for name, shape in shapes.items()
+    }
+
+
+def resize_table(table, old, new):
+    """Bilinear resizing of a (old^2, D) table to (new^2, D), position by position; pixel centres correspond, as everywhere in PyTorch."""
+    def neighbours(i):
+        at = min(max((i + 0.5) * old / new - 0.5, 0), old - 1)
+        low = min(int(at), max(old - 2, 0))
+        return [(low, 1 - (at - low)), (min(low + 1, old - 1), at - low)]
+
+    rows = [sum(a * b * table[y * old + x] for y, a in neighbours(i) for x, b in neighbours(j)) for i in range(new) for j in range(new)]
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def authors_network(w, c, images, tokens):
+    """What the MVLT authors' network computes, key by key: maps, words, and the logits of ITM, MLM at every word, and both recognitions."""
+    w = {name: value.double() for name, value in w.items()}
+    linear = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    norm = lambda x, name, eps=1e-5: layer_norm(x, w[f"{name}.weight"], w[f"{name}.bias"], eps)
+    gelu = lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+    def patches(x, name, size):  # a convolution whose stride is its kernel: cut into squares, flatten, multiply. (B, C, H, W) -> (B, N, D)
+        B, C, H, W = x.shape
+        cut = x.reshape(B, C, H // size, size, W // size, size).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * size * size)
+        return cut @ w[f"{name}.weight"].flatten(1).T + w[f"{name}.bias"]
+
+    e, L = "text_embeddings", tokens.shape[1]
+    text = w[f"{e}.word_embeddings.weight"][tokens] + w[f"{e}.position_embeddings.weight"][:L] + w[f"{e}.token_type_embeddings.weight"][0]
+    text, image, outputs = norm(text, f"{e}.LayerNorm", 1e-12), images, {}
+    for k in range(1, 5):
+        D, heads, R, side = c.dims[k - 1], c.heads[k - 1], c.sr_ratios[k - 1], c.side(k - 1)
+        table = w[f"pos_embed{k}"][0, 1 if k == 4 else 0 :]
+        m = norm(linear(text, f"text_embed{k}.0"), f"text_embed{k}.1") + w[f"text_pos_embed{k}"][0, :L]
+        n = norm(patches(image, f"patch_embed{k}.proj", c.patch_size if k == 1 else 2), f"patch_embed{k}.norm")
+        z = torch.cat([m, n + resize_table(table, math.isqrt(len(table)), side)], dim=1)
+        for i in range(c.depths[k - 1]):
+            block = f"block{k}.{i}"
+            x = norm(z, f"{block}.norm1", 1e-6)
+            keys = x
+            if R > 1:
+                grid = x[:, L:].transpose(1, 2).reshape(len(x), D, side, side)
+                keys = torch.cat([x[:, :L], norm(patches(grid, f"{block}.attn.sr", R), f"{block}.attn.norm")], dim=1)
+            q, kv, heard = linear(x, f"{block}.attn.q"), linear(keys, f"{block}.attn.kv"), []
+            for h in torch.arange(D).chunk(heads):  # every word is a key, padding too
+                attention = (q[..., h] @ kv[..., h].transpose(1, 2) / (D // heads) ** 0.5).softmax(-1)
+                heard.append(attention @ kv[..., D + h])
+            z = z + linear(torch.cat(heard, dim=-1), f"{block}.attn.proj")
+            z = z + linear(gelu(linear(norm(z, f"{block}.norm2", 1e-6), f"{block}.mlp.fc1")), f"{block}.mlp.fc2")
+        text, image = z[:, :L], z[:, L:].transpose(1, 2).reshape(len(z), D, side, side)
+        outputs |= {f"v{k}": image, f"t{k}": text}
+    for head in ("itm", "sup_cls", "sub_cls"):
+        t = norm(linear(text[:, 0], f"{head}_head_embed.0"), f"{head}_head_embed.1")
+        outputs[head] = linear(t, f"{head}_head.linear") + w[f"{head}_head.linear_bias"]
+    t = norm(linear(text, "mlm_head_embed.0"), "mlm_head_embed.1")
+    t = norm(gelu(linear(t, "mlm_head.transform.dense")), "mlm_head.transform.LayerNorm", 1e-12)
+    return outputs | {"mlm": t @ w["mlm_head.mlm_decoder.weight"].T + w["mlm_head.bias"]}
+
+
+def official_changes(c):
+    """What the small network has that the authors' has not."""
+    names = ("text_len", "vocab_size", "token_dim", "dims", "depths", "heads", "mlp_ratios", "sr_ratios")
+    return {name: getattr(c, name) for name in names}
+
+
+@pytest.mark.parametrize("trained_on, image_size", [(32, 32), (32, 64), (96, 64)])
+def test_the_authors_checkpoint_computes_what_their_network_computes(trained_on, image_size):
+    c = dataclasses.replace(SMALL, image_size=image_size)
+    weights = official_weights(c, trained_on)
+    model = mvlt.load_official({"model": weights}, image_size=image_size, **official_changes(c))
+    assert set(model.report) == set(weights) and model.config.attend_padding and not model.training
+    assert (model.config.n_category, model.config.n_subcategory) == (3, 5)
+    model, images, tokens = model.double(), pictures(c, 2), captions(c, [5, 7], width=9)
+    with torch.no_grad():
+        visual, text = model.encode(images, tokens)
+        ours = {f"v{k + 1}": visual[k] for k in range(4)} | {f"t{k + 1}": text[k] for k in range(4)}
+        ours |= {"itm": model.match(text), "mlm": model.predict_words(text, torch.ones_like(tokens, dtype=torch.bool)).unflatten(0, tokens.shape)}
+        ours["sup_cls"], ours["sub_cls"] = model.recognise(text)
+    theirs = authors_network(weights, c, images, tokens)
+    assert ours.keys() == theirs.keys()
+    assert_equal([ours[name] for name in theirs], list(theirs.values()), 1e-5 if trained_on != image_size else 1e-9)  # tables are resized in float32
+
+
+def test_the_authors_checkpoint_without_recognition_gives_a_model_without_it():
+    weights = {name: value for name, value in official_weights(SMALL, 32).items() if "_cls_" not in name}
+    model = mvlt.load_official(weights, image_size=32, **official_changes(SMALL))
+    assert model.category_head is None and model.subcategory_head is None
+
+
+def test_an_untied_decoder_or_a_lonely_second_bias_is_refused():
+    weights = official_weights(SMALL, 32)
+    untied = weights | {"mlm_head.mlm_decoder.weight": weights["mlm_head.mlm_decoder.weight"] + 1}
+    with pytest.raises(ValueError, match="mlm_head.mlm_decoder.weight must equal text_embeddings.word_embeddings.weight"):
+        mvlt.load_official(untied, image_size=32, **official_changes(SMALL))
+    with pytest.raises(ValueError, match="itm_head.linear_bias"):
+        mvlt.load_official(weights | {"itm_head.linear_bias": torch.zeros(3)}, image_size=32, **official_changes(SMALL))
+
+
+def their_place(model, theirs):
+    """Our parameter for one of PVT's keys, found by walking the model rather than by the table of mvlt.py."""
+    part, k, rest = re.fullmatch(r"(pos_embed|patch_embed|block)(\d)\.?(.*)", theirs).groups()
+    stage = model.stages[int(k) - 1]
+    if part == "pos_embed":
+        return stage.position_image
+    owner = {"patch_embed": {"proj": "embed_image", "norm": "norm_image"}.get(rest.split(".")[0]), "block": "blocks"}[part]
+    return stage.get_parameter(f"{owner}.{rest if part == 'block' else rest.split('.')[1]}")
+
+
+def test_pvt_at_224_is_copied_exactly_and_every_key_accounted_for():
+    config = Config.preset("tiny", image_size=224, vocab_size=30, token_dim=8, embed_dim=8)
+    weights, model = pvt_weights(config, 224), MVLT(config)
+    others = {name: p.clone() for name, p in model.named_parameters() if not re.match(r"stages\.\d\.(position_image|embed_image|norm_image|blocks)", name)}
+    report = mvlt.load_pvt(model, weights)
+    assert set(report) == set(weights)
+    for name, value in weights.items():
+        if re.match("cls_token|norm|head", name):
+            assert report[name].startswith("ignored: ")
+        else:
+            value = value[0, 1:] if name == "pos_embed4" else value[0] if name.startswith("pos_embed") else value
+            assert report[name] == "used" and torch.equal(their_place(model, name), value), name
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in others.items())  # the rest is left alone
+
+
+@pytest.mark.parametrize("image_size", [64, 96])
+def test_pvt_at_another_size_has_its_position_tables_resized_bilinearly(image_size):
+    weights, model = pvt_weights(SMALL, 64), MVLT(dataclasses.replace(SMALL, image_size=image_size))
+    report = mvlt.load_pvt(model, weights)
+    for k in range(4):
+        old, new = 16 >> k, image_size // 4 >> k
+        assert report[f"pos_embed{k + 1}"] == ("used" if old == new else f"resized from {old} x {old} to {new} x {new}")
+        assert_equal([model.stages[k].position_image.data], [resize_table(weights[f"pos_embed{k + 1}"][0, k == 3 :], old, new)], 1e-5)
+
+
+PVT, OFFICIAL = pvt_weights(SMALL, 32), official_weights(SMALL, 32)
+NEEDED = re.compile(r"(?!cls_token|norm|head|t2i_head|.*linear_bias|mlm_head.mlm_decoder|.*position_ids)")
+
+
+@pytest.mark.parametrize("official", [False, True])
+@given(data=st.data())
+def test_a_missing_an_ill_shaped_or_an_unknown_key_is_refused_by_name_and_nothing_is_copied(official, data):
+    weights = OFFICIAL if official else PVT
+    name = data.draw(st.sampled_from([name for name in weights if NEEDED.match(name) and "_cls_head.linear." not in name]))
+    kind = data.draw(st.sampled_from(["missing", "longer", "transposed", "unknown"]))
+    spoilt = dict(weights)
+    value = spoilt.pop(name)
+    if kind == "longer":
+        spoilt[name] = torch.cat([value, value, value], dim=-1)
+    elif kind == "transposed":
+        spoilt[name] = value.unsqueeze(-1) if value.ndim == 1 else value.transpose(0, -1).repeat(1, *[1] * (value.ndim - 2), 3)
+    elif kind == "unknown":
+        name = f"{name}.unknown"
+        spoilt = weights | {name: value}
+    with pytest.raises(ValueError, match=re.escape(name)):
+        if official:
+            mvlt.load_official(spoilt, image_size=32, **official_changes(SMALL))
+        else:
+            model = MVLT(SMALL)
+            before = [p.clone() for p in model.parameters()]
+            try:
+                mvlt.load_pvt(model, spoilt)
+            finally:
+                assert_equal(before, model.parameters(), 0)
+
+
+def test_weights_are_read_from_a_file_as_from_a_dict_and_nothing_else_is_taken(tmp_path):
+    models = [MVLT(SMALL), MVLT(SMALL)]
+    torch.save({"model": PVT}, tmp_path / "pvt.pth")
+    reports = [mvlt.load_pvt(models[0], tmp_path / "pvt.pth"), mvlt.load_pvt(models[1], PVT)]
+    assert reports[0] == reports[1]
+    assert all(torch.equal(models[0].get_parameter(name), p) for name, p in models[1].named_parameters() if mvlt.their_name(name, mvlt.VISUAL_PARTS))
+    torch.save([1, 2], tmp_path / "list.pth")
+    for nothing in ({}, {"model": {}}, {"a": 1}, tmp_path / "list.pth"):
+        with pytest.raises(ValueError, match="must be a state dict"):
+            mvlt.load_pvt(models[0], nothing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# python mvlt.py
+
+
+def test_the_visual_half_of_tiny_has_the_published_size_of_pvt_tiny():
+    parameters, multiply_adds = mvlt.pvt_tiny()
+    assert round(parameters, 1) == 13.2 and round(multiply_adds / 1000, 1) == 1.9
+
+
+@pytest.mark.parametrize("preset", mvlt.PRESETS)
+def test_the_table_counts_the_multiply_adds_that_a_formula_gives(preset):
+    c, rows = Config.preset(preset), {row[0]: row for row in mvlt.table(preset)}
+    assert rows["in all"][4] == pytest.approx(sum(row[4] for name, row in rows.items() if name != "in all"), abs=1e-5)  # only log_scale has no row
+    for k, (D, R, hidden) in enumerate(zip(c.dims, c.sr_ratios, c.mlp_ratios)):
+        L, N, S = c.text_len, c.side(k) ** 2, c.text_len + c.side(k) ** 2
+        keys = L + N // R**2
+        block = 2 * S * D * D + 2 * keys * D * D + 2 * S * keys * D + 2 * S * hidden * D * D + (N * D * D if R > 1 else 0)
+        embed = L * (c.dims[k - 1] if k else c.token_dim) * D + N * (4 * c.dims[k - 1] if k else 48) * D
+        assert rows[f"stage {k + 1}"][5] * 1e6 == embed + c.depths[k] * block
+        assert rows[f"stage {k + 1}"][1:3] == (f"{D} x {c.side(k)} x {c.side(k)}", f"{L} x {D}")

@@ -1,0 +1,658 @@
+"""
+Pre-training (Sec. 3.2, 4.1) and fine-tuning (Sec. 3.3), on one process or many, on a CPU or GPUs.
+
+    python train.py                                                         the toy demo: draw a boutique, train, evaluate, write a report
+    torchrun --nproc_per_node=8 train.py --preset paper --data DIR --init pvt_tiny.pth        the paper's run
+    torchrun --nproc_per_node=8 train.py --preset plus --data DIR           the same with twin towers and hard negatives (not in the paper)
+    python train.py --task recognise --from runs/1 --data DIR               fine-tune the two recognition heads
+    python train.py --out runs/1 --resume                                   go on where runs/1 stopped, exactly
+
+Everything random depends on (seed, step) alone and is drawn for the global batch of G pairs, of which each process takes its slice. So any
+number of processes, loaders and micro-batches computes the same steps, and a resumed run repeats the unbroken one.
+Every field of `Settings` and of `mvlt.Config` is a flag of its own name.
+"""
+import argparse
+import fcntl
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import mvlt
+import toy
+
+OBJECTIVES = ("mir", "itm", "mlm", "itc", "cr")
+
+
+class RunError(Exception):
+    """Something a user can put right, in one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. The defaults are the demo's: a nano model, the toy boutique, a laptop."""
+
+    task: str = "pretrain"  # or recognise: the heads of M-CR and S-CR alone
+    preset: str = "demo"
+    model: str = "nano"  # a preset of mvlt.Config
+    data: str = ""  # a folder that data.py reads; empty: the toy boutique, drawn into ./toy
+    fit: str = "stretch"  # how a picture becomes square: stretch (the paper) or pad
+    vocab: str = ""  # a vocab.txt in BERT's format; empty: vocab.txt in the data folder, or learnt from its captions
+    vocab_words: int = 8000  # how many words to learn then
+    init: str = ""  # PVT's or the MVLT authors' weights
+    start: str = ""  # --from: a run to start from
+    objectives: str = "mir,itm,mlm,itc,cr"
+    w_mir: float = 10.0  # the weights of Eq. 8
+    w_itm: float = 1.0
+    w_mlm: float = 1.0
+    w_itc: float = 1.0
+    w_cr: float = 1.0
+    mask_ratio: float = 0.5  # r_v
+    mask_unit: int = 16  # alpha P, in pixels
+    mask_style: str = "random"
+    mask_image_prob: float = 0.5  # how many of the pictures have anything hidden
+    mask_words: float = 0.15  # r_l
+    match_whole: bool = True  # matching reads only pairs with nothing hidden; False: every caption has hidden words, as the paper
+    itm_negatives: str = "hard"  # uniform (the paper), subcategory, or hard: alike to the towers
+    itm_from: float = 0.3  # share of the steps before matching and the rest join the contrast: towers first
+    hard_from: float = 0.6  # share of the steps before which negatives are uniform: easy before hard
+    modality: str = "both"  # what recognition reads: both, image or text
+    mirror: float = 0.5  # how many pictures are flipped left to right
+    epochs: float = 0.0
+    steps: int = 1200  # used when epochs is 0
+    batch_size: int = 128  # G, over all processes
+    micro_batch: int = 0  # the most pairs that one process holds at once; 0: its whole slice
+    lr: float = 1e-3
+    final_lr: float = 1e-5
+    warmup: float = 0.05  # share of the steps
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    seed: int = 0
+    bf16: bool = True  # autocast where the device gains from it
+    compile: bool = True  # on a GPU
+    recompute: bool = False  # activation checkpointing
+    workers: int = 0  # loader processes
+    log_every: int = 20
+    save_every: int = 200  # also validates and draws samples
+    tensorboard: bool = False
+
+
+PAPER = dict(
+    model="tiny", objectives="mir,itm,mlm", match_whole=False, itm_negatives="uniform", itm_from=0.0, mirror=0.0,
+    vocab_words=30522, epochs=150.0, batch_size=1200, lr=2.5e-3, warmup=5 / 150, workers=4, save_every=1000,
+)  # Sec. 4.1; epochs, warm-up and final learning rate from the authors' code
+PRESETS = {"demo": {}, "paper": PAPER, "plus": dict(PAPER, objectives="mir,itm,mlm,itc", match_whole=True, itm_negatives="hard", itm_from=0.3, mirror=0.5, lr=1e-3)}
+RECOGNISE = dict(objectives="cr", itm_from=0.0, mask_image_prob=0.0, lr=5e-4)
+MAY_CHANGE = {"micro_batch", "workers", "compile", "recompute", "log_every", "save_every", "tensorboard", "data", "init", "start", "vocab"}  # on --resume
+CHOICES = {"task": ("pretrain", "recognise"), "preset": tuple(PRESETS), "model": tuple(mvlt.PRESETS), "fit": ("stretch", "pad"), "mask_style": mvlt.MASK_STYLES,
+           "itm_negatives": ("uniform", "subcategory", "hard"), "modality": ("both", "image", "text")}
+OF_THE_DATA = {"vocab_size", "n_category", "n_subcategory"}  # fields of the configuration that the data decides
+
+
+def parse(arguments=None):
+    """Flags -> (args, the settings that were given, the fields of the model's configuration that were given)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--out", help="the run's folder (default: a new numbered one under runs/)")
+    parser.add_argument("--resume", action="store_true", help="go on from --out's last.pt if there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be read, and say which")
+    for field in fields(Settings):
+        flag = "--from" if field.name == "start" else "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction, default=None, help=f"default in the demo: {field.default}")
+        else:
+            parser.add_argument(flag, dest=field.name, type=field.type, choices=CHOICES.get(field.name), help=f"default in the demo: {field.default!r}")
+    for field in fields(mvlt.Config):
+        if field.name not in OF_THE_DATA:
+            kind = {tuple: whole_numbers, bool: yes_or_no}.get(field.type, field.type)
+            parser.add_argument("--" + field.name.replace("_", "-"), dest=f"config_{field.name}", type=kind, help="of the model's configuration")
+    args = parser.parse_args(arguments)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    settings = {field.name: given[field.name] for field in fields(Settings) if field.name in given}
+    return args, settings, {name.removeprefix("config_"): value for name, value in given.items() if name.startswith("config_")}
+
+
+def whole_numbers(text):
+    return tuple(int(part) for part in text.split(","))
+
+
+def yes_or_no(text):
+    return {"yes": True, "true": True, "no": False, "false": False}[text.lower()]
+
+
+def resolve(given):
+    """Preset, then task, then flags: what comes later beats what came before. An impossible setting is refused by name."""
+    task = RECOGNISE if given.get("task") == "recognise" else {}
+    s = Settings(**{**PRESETS[given.get("preset", "demo")], **task, **given})
+    for name, low, high in (("mask_ratio", 0, 1), ("mask_words", 0, 1), ("mask_image_prob", 0, 1), ("itm_from", 0, 1), ("hard_from", 0, 1), ("mirror", 0, 1), ("warmup", 0, 1)):
+        mvlt.require(low <= getattr(s, name) <= high, f"--{name.replace('_', '-')}", f"must lie in [{low}, {high}]", getattr(s, name))
+    for name in ("batch_size", "lr", "clip", "log_every", "save_every", "vocab_words"):
+        mvlt.require(getattr(s, name) > 0, f"--{name.replace('_', '-')}", "must be above 0", getattr(s, name))
+    mvlt.require(s.epochs > 0 or s.steps > 0, "--steps", "must be above 0 (or give --epochs)", s.steps)
+    chosen = s.objectives.split(",")
+    mvlt.require(len(set(chosen)) == len(chosen) and set(chosen) <= set(OBJECTIVES), "--objectives", f"must name some of {','.join(OBJECTIVES)}", s.objectives)
+    mvlt.require(s.itm_negatives != "hard" or "itm" not in chosen or "itc" in chosen, "--itm-negatives hard", "needs the towers: add itc to --objectives", s.objectives)
+    mvlt.require(s.modality == "both" or chosen == ["cr"], "--modality", "must be both, unless --task recognise", s.modality)
+    mvlt.require(s.task == "pretrain" or chosen == ["cr"], "--objectives", "must be cr alone with --task recognise", s.objectives)
+    if dist.is_initialized():
+        mvlt.require(s.batch_size >= dist.get_world_size(), "--batch-size", f"must be at least the number of processes, {dist.get_world_size()}", s.batch_size)
+    return s
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# A global batch, drawn alike in every process
+
+
+class Pairs(NamedTuple):
+    """A split in memory: its pictures on the disk, its captions as words, and who is the same as whom."""
+
+    rows: list
+    pictures: data.Pictures
+    tokens: torch.Tensor  # (n, L)
+    products: torch.Tensor  # (n,) ids, and so on
+    captions: torch.Tensor
+    groups: torch.Tensor
+    categories: torch.Tensor  # (n,) class ids, -1 unknown
+    subcategories: torch.Tensor
+
+
+class Plan(NamedTuple):
+    """What one step does with its G pairs."""
+
+    tokens: torch.Tensor  # (G, L) the captions to read: mismatched ones swapped, words hidden
+    words: torch.Tensor  # (G, L) the same captions with nothing hidden
+    where: torch.Tensor  # (G, L) True = a word to predict
+    units: torch.Tensor  # (G, 1, h, w) True = hidden
+    matched: torch.Tensor  # (G,)
+    count_mir: torch.Tensor  # (G,) which pairs each loss counts
+    count_itm: torch.Tensor
+    count_cr: torch.Tensor
+
+
+def same_product(pairs, rows):
+    """(G, G) bool: one product, or one caption. Such pairs are never each other's negatives."""
+    products, captions = pairs.products[rows], pairs.captions[rows]
+    return (products[:, None] == products) | (captions[:, None] == captions)
+
+
+def plan_step(step, rows, pairs, s, config, tokenizer, hard=None):
+    """
+    Half of the pairs get another's caption; pictures and words are hidden. `hard` (G,) holds, for each pair, the place in the batch of the
+    caption that the towers find alike, -1 for none. MIR and MLM count matched pairs only, and MIR only pictures with something hidden.
+    """
+    G, objectives, draw = len(rows), s.objectives.split(","), lambda what: data.generator(s.seed, step, what)
+    hide_image = torch.rand(G, generator=draw("hide")) < s.mask_image_prob
+    matched = torch.randperm(G, generator=draw("match")) % 2 == 0 if "itm" in objectives else torch.ones(G, dtype=torch.bool)
+    if s.match_whole:
+        matched = matched | hide_image  # a pair is either for rebuilding or for matching
+
+    caption_rows = rows.clone()
+    if not matched.all():
+        groups = pairs.groups if s.itm_negatives == "subcategory" else None
+        other = data.draw_negatives(rows, pairs.products, pairs.captions, draw("negatives"), groups)
+        if hard is not None:
+            other = torch.where(hard >= 0, rows[hard], other)
+        caption_rows = torch.where(matched, rows, other)
+    words = data.trim(pairs.tokens[caption_rows])
+
+    ratio = s.mask_words if "mlm" in objectives else 0.0
+    tokens, where = mvlt.mask_tokens(words, config.vocab_size, tokenizer.mask_id, tokenizer.special_ids, ratio, draw("words"))
+    hide_words = (hide_image if s.match_whole else torch.ones(G, dtype=torch.bool))[:, None]
+    size = (config.image_size, config.image_size)
+    units = mvlt.draw_units(G, size, s.mask_style, s.mask_ratio, s.mask_unit, draw("units")) & hide_image[:, None, None, None]
+    return Plan(tokens=torch.where(hide_words, tokens, words), words=words, where=where & hide_words & matched[:, None], units=units, matched=matched,
+                count_mir=hide_image & matched, count_itm=~hide_image if s.match_whole else torch.ones(G, dtype=torch.bool), count_cr=matched & ~hide_image)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The losses of one step. Each is a mean over the global batch, so a part of it counts by its share: shares of all parts add up to 1.
+
+
+def share(counted, part):
+    return counted[part].sum().item() / max(1, counted.sum().item())
+
+
+def fused_losses(model, images, plan, part, rows, pairs, s, empty_caption):
+    """MIR, ITM, MLM and recognition of the pairs `part` (a slice of the global batch), read together once."""
+    device, objectives, losses = images.device, s.objectives.split(","), {}
+    tokens, where = plan.tokens[part].to(device), plan.where[part].to(device)
+    if s.modality == "image":
+        tokens = empty_caption.to(device).expand(len(images), -1)
+    masked, _ = mvlt.hide(images, plan.units[part])
+    visual, text = model.encode(None if s.modality == "text" else masked, tokens)
+    if "mir" in objectives and plan.count_mir[part].any():
+        chosen = plan.count_mir[part].to(device)
+        losses["mir"] = share(plan.count_mir, part) * mvlt.mir_loss(model.reconstruct([v[chosen] for v in visual]), images[chosen])
+    if "itm" in objectives:
+        chosen = plan.count_itm[part].to(device)
+        losses["itm"] = share(plan.count_itm, part) * mvlt.itm_loss(model.match(text)[chosen], plan.matched[part].to(device)[chosen])
+    if "mlm" in objectives:
+        losses["mlm"] = share(plan.where, part) * mvlt.mlm_loss(model.predict_words(text, where), plan.words[part].to(device)[where])
+    if "cr" in objectives:
+        losses["cr"] = 0
+        for logits, classes in zip(model.recognise(text), (pairs.categories[rows], pairs.subcategories[rows])):
+            classes = classes.masked_fill(~plan.count_cr, -1)  # -1 is not counted
+            losses["cr"] = losses["cr"] + share(classes >= 0, part) * mvlt.recognition_loss(logits, classes[part].to(device))
+    return losses
+
+
+def read_towers(model, images, tokens, key):
+    """Both towers' vectors of some pairs. Dropout is keyed, so that reading the pairs again gives the same."""
+    reseed(*key, "towers")
+    return torch.stack([model.embed_images(images), model.embed_texts(tokens.to(images.device))])  # (2, b, embed_dim)
+
+
+def reseed(*key):
+    torch.manual_seed(data.generator(*key).initial_seed())
+
+
+def gather(vectors, bounds):
+    """Every process's (2, b, E) laid end to end: (2, G, E), the same everywhere, without gradient."""
+    vectors = vectors.detach()
+    if not dist.is_initialized():
+        return vectors
+    whole = vectors.new_zeros(2, bounds[-1], vectors.shape[2])
+    whole[:, bounds[dist.get_rank()] : bounds[dist.get_rank() + 1]] = vectors
+    dist.all_reduce(whole)
+    return whole
+
+
+def step_backward(model, batch, pairs, s, tokenizer, autocast, towers_only, hard):
+    """
+    Losses and gradients of one global batch: this process's share of each, so that a sum over processes makes them whole. The slice goes
+    through the model in micro-batches. Every part computes the contrast of the whole batch with only its own vectors attached; the
+    gradients of all parts then add up to the gradient of the one loss.
+    """
+    rows, (lo, hi), device = batch["rows"], batch["slice"], next(model.parameters()).device
+    size = s.micro_batch or hi - lo
+    parts = [slice(start, min(start + size, hi)) for start in range(lo, hi, size)]
+    images = [data.images_to_float(batch["images"][part.start - lo : part.stop - lo].to(device, non_blocking=True)) for part in parts]
+    keys = [(s.seed, batch["step"], part.start) for part in parts]
+    totals, similar = {}, None
+    contrast, words, same = "itc" in s.objectives.split(","), data.trim(pairs.tokens[rows]), same_product(pairs, rows)
+
+    if contrast:
+        with torch.set_grad_enabled(len(parts) == 1), autocast():  # several parts are read again below, one at a time, with gradients
+            vectors = [read_towers(model, images[i], words[part], keys[i]) for i, part in enumerate(parts)]
+        world = evaluation.world()
+        everyone = gather(torch.cat(vectors, dim=1), [s.batch_size * r // world for r in range(world + 1)])
+        if hard:
+            logits = everyone[0] @ everyone[1].T * model.log_scale.detach().exp()
+            similar = mvlt.hard_negatives(logits.cpu(), same, data.generator(s.seed, batch["step"], "hard"))
+
+    plan = None if towers_only else plan_step(batch["step"], rows, pairs, s, model.config, tokenizer, similar)
+    empty_caption = torch.tensor(tokenizer.encode(""))
+    for i, part in enumerate(parts):
+        losses = {}
+        with autocast():
+            if contrast:
+                own = vectors[i] if len(parts) == 1 else read_towers(model, images[i], words[part], keys[i])
+                image, text = torch.cat([everyone[:, : part.start], own, everyone[:, part.stop :]], dim=1)
+                scale = model.log_scale if part.start == 0 else model.log_scale.detach()  # one temperature: its gradient counts once
+                itc = mvlt.itc_loss(image, text, scale, same.to(device))
+                losses["itc"] = itc
+            if plan:
+                reseed(*keys[i], "fusion")
+                losses.update(fused_losses(model, images[i], plan, part, rows, pairs, s, empty_caption))
+            weighted = mvlt.total_loss(losses, {name: getattr(s, f"w_{name}") for name in OBJECTIVES})
+        weighted.backward()
+        if contrast and part.start > 0:
+            del losses["itc"]  # already the whole batch's: reported once
+        for name, loss in losses.items():
+            totals[name] = totals.get(name, 0) + loss.detach()
+    return totals
+
+
+def sum_over_processes(model, totals, names, stop):
+    """Add up gradients and losses over the processes, in one message. Returns ({name: loss}, whether any process was asked to stop)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a head with nothing to count in this step
+    numbers = torch.tensor([float(totals.get(name, 0)) for name in names] + [float(stop)])
+    if dist.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in trained] + [numbers.to(trained[0].device)])
+        dist.all_reduce(flat)
+        for p, summed in zip(trained, flat.split([p.numel() for p in trained] + [len(numbers)])):
+            p.grad.copy_(summed.view_as(p))
+        numbers = flat[-len(numbers) :].cpu()
+    return dict(zip(names, numbers.tolist())), numbers[-1].item() > 0
+
+
+def learning_rate(step, s):
+    """Linear warm-up, then a cosine from lr to final_lr."""
+    warm = s.warmup * s.steps
+    if step < warm:
+        return s.lr * (step + 1) / math.ceil(warm)
+    progress = (step - warm) / max(1, s.steps - warm)
+    return s.final_lr + (s.lr - s.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Data and model
+
+
+def open_data(folder, s, split, tokenizer, config, labels, skip_bad):
+    rows, pictures = evaluation.first_then_others(lambda: data.load(folder, split, config.image_size, s.fit, skip_bad))
+    classes = [data.class_ids(rows, field, labels[field]) for field in ("category", "subcategory")]
+    return Pairs(rows, pictures, data.tokenize(rows, tokenizer, config.text_len), *data.identities(rows), *classes)
+
+
+def find_data(s):
+    """The data folder; without one the toy boutique, drawn once."""
+    if s.data:
+        return s.data
+    evaluation.first_then_others(lambda: toy.make("toy") if evaluation.rank() == 0 else None)
+    return "toy"
+
+
+def find_words(s, folder, rows):
+    """The vocabulary: a file, the data folder's own, or learnt from the training captions."""
+    path = Path(s.vocab) if s.vocab else Path(folder) / "vocab.txt"
+    if s.vocab or path.is_file():
+        return data.Tokenizer.load(path)
+    return data.Tokenizer.train([row["caption"] for row in rows], s.vocab_words)
+
+
+def make_model(s, changes, tokenizer, labels):
+    """A model for this data: fresh, from --init's weights, or from the run that --from names. Returns it with a line on where it came from."""
+    torch.manual_seed(s.seed)
+    if s.start:
+        old, _, _ = evaluation.load_run(s.start)
+        said, base = f"from {s.start}", asdict(old.config)
+    else:
+        old, said, base = None, "fresh weights", asdict(mvlt.Config.preset(s.model))
+    weights = mvlt.open_state_dict(s.init) if s.init else {}
+    if "text_embeddings.word_embeddings.weight" in weights:
+        old = mvlt.load_official(weights, image_size=changes.get("image_size", base["image_size"]))
+        said, base = f"the MVLT authors' weights in {s.init}", asdict(old.config)
+    sizes = dict(vocab_size=len(tokenizer), n_category=len(labels["category"]), n_subcategory=len(labels["subcategory"]))
+    model = mvlt.MVLT(mvlt.Config(**{**base, **sizes, **changes}))
+    if old:
+        transplant(old, model, heads_too=old.labels == labels)
+    elif weights:
+        mvlt.load_pvt(model, weights)
+        said = f"PVT's weights in {s.init}"
+    model.vocabulary, model.labels, model.recompute = tokenizer.words, labels, s.recompute
+    return model, said
+
+
+def transplant(old, model, heads_too):
+    """Copy all weights; the recognition heads only where they know the same classes."""
+    wanted, found = model.state_dict(), old.state_dict()
+    for name, value in wanted.items():
+        if heads_too or not name.startswith(("category_head", "subcategory_head")):
+            mvlt.require(name in found and found[name].shape == value.shape, "--from", f"must fit this configuration, but {name} differs from", tuple(value.shape))
+            value.copy_(found[name])
+
+
+HEADS = {"mir": "decoder", "itm": "match_head", "mlm": "word_head", "itc": "(image_tower|text_tower|log_scale)", "cr": "(category_head|subcategory_head)"}
+
+
+def choose_trained(model, s):
+    """Freeze what no objective of this run reaches, so that weight decay does not wear it away."""
+    objectives = s.objectives.split(",")
+    unused = [pattern for name, pattern in HEADS.items() if name not in objectives]
+    if s.modality == "text":
+        unused.append(r"stages\.\d\.(embed_image|norm_image|position_image|blocks\.\d+\.attn\.(sr|norm))")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not any(re.match(pattern, name) for pattern in unused)
+
+
+def make_optimizer(model, s):
+    """AdamW; vectors (norms and biases) are not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=s.weight_decay), dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.999), fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The run's folder
+
+
+def open_folder(args):
+    """RUN, new or to be resumed, locked for as long as this process lives."""
+    if args.out:
+        out = Path(args.out)
+    else:
+        taken = [int(path.name) for path in Path("runs").glob("*") if path.name.isdigit()]
+        out = Path("runs") / str(max(taken, default=0) + 1)
+    if (out / "last.pt").exists() and not args.resume:
+        raise RunError(f"--out {out} already holds a run; add --resume to go on with it, or choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "samples").mkdir(exist_ok=True)
+    lock = open(out / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RunError(f"--out {out}: another run is writing there") from None
+    return out, lock
+
+
+def check_resume(saved, now, config, device_free=MAY_CHANGE):
+    """A resumed run must be the same run."""
+    old, new = {**saved["run"], **saved["config"]}, {**asdict(now), **asdict(config)}
+    differ = [f"{name} (was {old.get(name)!r}, now {new[name]!r})" for name in new if name not in device_free and plain(old.get(name)) != plain(new[name])]
+    if differ:
+        raise RunError(f"--resume: this is another run: {', '.join(differ)}; start a new one with --from")
+
+
+def plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def validate(model, pairs, s, tokenizer, autocast, limit=512):
+    """The losses on fixed batches of the validation split, how the towers rank within it, and how often recognition is right."""
+    n, losses, vectors, right, objectives = min(limit, len(pairs.rows)), {}, [], [], s.objectives.split(",")
+    device, size = next(model.parameters()).device, min(s.batch_size, 128)
+    with evaluation.at_rest(model), autocast():
+        for start in range(0, n, size):
+            rows = torch.arange(start, min(start + size, n))
+            images = data.images_to_float(torch.from_numpy(pairs.pictures[rows.numpy()]).permute(0, 3, 1, 2).to(device))
+            plan, part = plan_step(f"validation {start}", rows, pairs, s, model.config, tokenizer), slice(0, len(rows))
+            for name, loss in fused_losses(model, images, plan, part, rows, pairs, s, torch.tensor(tokenizer.encode(""))).items():
+                losses[name] = losses.get(name, 0) + float(loss) * len(rows) / n
+            if "itc" in objectives:
+                vectors.append(read_towers(model, images, data.trim(pairs.tokens[rows]), (s.seed, start)).cpu())
+            if "cr" in objectives:
+                tokens = torch.tensor(tokenizer.encode("")).expand(len(rows), -1) if s.modality == "image" else data.trim(pairs.tokens[rows])
+                _, text = model.encode(None if s.modality == "text" else images, tokens.to(device))
+                right += [(logits.argmax(1).cpu() == classes[rows]) for logits, classes in zip(model.recognise(text), (pairs.categories, pairs.subcategories))]
+    if vectors:
+        image, text = torch.cat(vectors, dim=1)
+        similar = (text @ image.T).masked_fill(same_product(pairs, torch.arange(n)) & ~torch.eye(n, dtype=torch.bool), -2)
+        for way, scores in (("tir", similar), ("itr", similar.T)):
+            losses[f"{way}_towers"] = (torch.as_tensor(evaluation.ranks(scores, torch.arange(n))) == 1).double().mean().item()
+    if right:
+        losses["cr_accuracy"] = torch.cat(right).double().mean().item()
+    return losses
+
+
+def goodness(val, s):
+    """What best.pt is chosen by: the towers' recall, or else recognition, or else the total loss."""
+    if "tir_towers" in val:
+        return val["tir_towers"] + val["itr_towers"]
+    if s.task == "recognise":
+        return val["cr_accuracy"]
+    return -sum(getattr(s, f"w_{name}") * val[name] for name in OBJECTIVES if name in val)
+
+
+def draw_samples(model, pairs, s, path, shown=8):
+    """A PNG: hidden, rebuilt, original, one column per picture."""
+    rows = np.arange(min(shown, len(pairs.rows)))
+    originals = data.images_to_float(torch.from_numpy(pairs.pictures[rows]).permute(0, 3, 1, 2)).contiguous()
+    masked, _ = mvlt.mask_images(originals, s.mask_style, s.mask_ratio, s.mask_unit, data.generator(s.seed, "samples"))
+    with evaluation.at_rest(model) as device:
+        visual, _ = model.encode(masked.to(device), pairs.tokens[rows].to(device))
+        rebuilt = model.reconstruct(visual).cpu()
+    grid = torch.cat([torch.cat(list(row), dim=2) for row in (masked, rebuilt, originals)], dim=1)  # (3, 3 H, shown W)
+    Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(args, given, changes):
+    # who am I
+    device = evaluation.join_processes(args.device)
+    first = evaluation.rank() == 0
+    say = print if first else lambda *words: None
+    stopping = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopping.append(number))
+    out, lock = open_folder(args) if first else (None, None)
+    if evaluation.world() > 1:
+        named = [out]
+        dist.broadcast_object_list(named)
+        out = named[0]
+    saved = mvlt.read(out / "last.pt") if args.resume and (out / "last.pt").exists() else None
+    if saved:
+        s = resolve({**saved["run"], **given})
+        changes = {**{name: value for name, value in saved["config"].items() if name not in OF_THE_DATA}, **changes}
+    else:
+        s = resolve(given)
+
+    # data
+    folder = find_data(s)
+    rows = data.read(folder, "train", args.skip_bad)
+    tokenizer = data.Tokenizer(saved["vocabulary"]) if saved else (evaluation.load_run(s.start)[1] if s.start else find_words(s, folder, rows))
+    labels = {field: data.class_names(rows, field) for field in ("category", "subcategory")}
+    if "cr" in s.objectives.split(",") and not all(labels.values()):
+        raise RunError(f"--objectives {s.objectives}: recognition needs category and subcategory in {folder}")
+
+    # model and optimiser
+    model, said = make_model(s, changes, tokenizer, labels)
+    config = model.config
+    train = open_data(folder, s, "train", tokenizer, config, labels, args.skip_bad)
+    val = open_data(folder, s, "val", tokenizer, config, labels, args.skip_bad)
+    if s.itm_negatives == "subcategory" and (train.groups < 0).all():
+        raise RunError(f"--itm-negatives subcategory needs the field subcategory in {folder}")
+    s = replace(s, data=str(folder), steps=math.ceil(s.epochs * len(train.rows) / s.batch_size) if s.epochs else s.steps)
+    model.to(device)
+    choose_trained(model, s)
+    optimizer = make_optimizer(model, s)
+    autocast = (lambda: evaluation.autocast(device)) if s.bf16 else nullcontext
+
+    # resume
+    step, best, best_step = 0, -math.inf, 0
+    if saved:
+        check_resume(saved, s, config)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, best = saved["step"], saved["best"]
+        said = f"{out / 'last.pt'}, step {step}"
+    if s.compile and device.type == "cuda":
+        for stage in model.stages:
+            stage.compile(dynamic=True)
+
+    say("\n".join(f"{name:16} {value}" for name, value in {**asdict(s), **asdict(config)}.items()))
+    say(f"{len(train.rows)} training and {len(val.rows)} validation pairs of {folder}, {len(tokenizer)} words, captions of up to {train.tokens.shape[1]}, "
+        f"{len(labels['category'])} categories, {len(labels['subcategory'])} sub-categories")
+    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {said}; {s.steps} steps of {s.batch_size} pairs on {evaluation.world()} x {device.type}")
+    if first:
+        (out / "config.json").write_text(json.dumps({"run": asdict(s), "config": asdict(config)}, indent=1))
+        tokenizer.save(out / "vocab.txt")
+    board = tensorboard(out) if s.tensorboard and first else None
+
+    def save(path):
+        mvlt.save(path, model, optimizer=optimizer.state_dict(), step=step, random={"seed": s.seed, "step": step}, run=asdict(s), best=best)
+
+    # loop
+    log = open(out / "log.jsonl", "a", buffering=1) if first else None
+    bar = tqdm(total=s.steps, initial=step, unit="step", disable=None if first else True)
+    since, seen, names = time.time(), 0, s.objectives.split(",")
+    model.train()
+    for batch in data.Batches(train.pictures, s.batch_size, s.seed, step, s.steps, evaluation.rank(), evaluation.world(), s.mirror, s.workers):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, s)
+        towers_only = "itc" in names and step < s.itm_from * s.steps
+        hard = s.itm_negatives == "hard" and step >= s.hard_from * s.steps
+        totals = step_backward(model, batch, train, s, tokenizer, autocast, towers_only, hard)
+        losses, stop = sum_over_processes(model, totals, names, bool(stopping))
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                raise RunError(f"step {step}: the loss {name} is {loss} (rows {batch['rows'][:4].tolist()}...); {out / 'last.pt'} is from before it. A lower --lr, or --no-bf16, may help")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        seen += s.batch_size
+
+        if step % s.log_every == 0 or step == s.steps:
+            total = mvlt.total_loss(losses, {name: getattr(s, f"w_{name}") for name in OBJECTIVES})
+            line = dict(step=step, epoch=round(step * s.batch_size / len(train.rows), 3), loss=total, **{n: losses[n] for n in names if not (towers_only and n != "itc")},
+                        lr=optimizer.param_groups[0]["lr"], grad_norm=float(norm), images_per_s=seen / (time.time() - since), memory_gb=memory(device))
+            since, seen = time.time(), 0
+            if first:
+                log.write(json.dumps(line) + "\n")
+                shown = "  ".join(f"{name} {value:.4g}" for name, value in line.items() if name != "step")
+                bar.set_postfix_str(shown)
+                if bar.disable:
+                    print(f"step {step}/{s.steps}  {shown}", flush=True)
+                for name, value in line.items() if board else ():
+                    board.add_scalar(name, value, step)
+        bar.update(step - bar.n)
+
+        if step % s.save_every == 0 or step == s.steps or stop:
+            if first:
+                held = validate(model, val, s, tokenizer, autocast)
+                log.write(json.dumps({"step": step, "val": held}) + "\n")
+                tqdm.write(f"step {step}  validation: " + "  ".join(f"{name} {value:.4g}" for name, value in held.items()))
+                if "mir" in names:
+                    draw_samples(model, val, s, out / "samples" / f"{step:06d}.png")
+                if goodness(held, s) > best:
+                    best = goodness(held, s)
+                    save(out / "best.pt")
+                save(out / "last.pt")
+            since, seen = time.time(), 0
+        if stop:
+            raise RunError(f"stopped at step {step}; go on with: python train.py --out {out} --resume")
+
+    say(f"done. {out}: best.pt (chosen on the validation split), last.pt, log.jsonl, samples/\nevaluate it: python eval.py {out}")
+    return out, s
+
+
+def memory(device):
+    """GB: the most that a GPU had allocated, or what this process has had resident."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+
+
+def tensorboard(out):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    return SummaryWriter(out)
+
+
+if __name__ == "__main__":
+    arguments, given, changes = parse()
+    try:
+        run, settings = main(arguments, given, changes)
+        if settings.preset == "demo" and not settings.data:
+            evaluation.main(evaluation.parse([str(run)]))
+    except (RunError, data.DataError, ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
