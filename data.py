@@ -887,11 +887,11 @@ class Batches:
     """
     The pictures of the global batches from `start` up to `stop`, in order, loaded by `workers` processes. Yields dicts of
     "step", "rows" (G,) int64 (the whole global batch), "slice" (lo, hi) (this process's share of it) and
-    "images" (g, 3, H, W) uint8 of rows[lo:hi], each mirrored with probability `mirror`.
+    "images" (g, 3, H, W) uint8 of rows[lo:hi], each mirrored with probability `mirror` and moved by up to `shift` pixels either way.
     """
 
-    def __init__(self, pictures, batch_size, seed, start, stop, rank=0, world=1, mirror=0.0, workers=0):
-        self.pictures, self.batch_size, self.seed, self.mirror = pictures, batch_size, seed, mirror
+    def __init__(self, pictures, batch_size, seed, start, stop, rank=0, world=1, mirror=0.0, shift=0, workers=0):
+        self.pictures, self.batch_size, self.seed, self.mirror, self.shift = pictures, batch_size, seed, mirror, shift
         self.steps, self.workers = range(start, stop), workers
         self.slice = (batch_size * rank // world, batch_size * (rank + 1) // world)
 
@@ -908,6 +908,15 @@ class Batches:
     def __iter__(self):
         own = torch.Generator()  # otherwise the DataLoader would draw from the global one
         return iter(DataLoader(self, None, sampler=self.steps, num_workers=self.workers, collate_fn=dict, generator=own))
+
+
+def moved(images, shift, moves):
+    """Pictures (g, H, W, 3), each moved by its own (down, right) - shift pixels; the border's pixels fill what comes in."""
+    if shift == 0:
+        return images
+    H, W = images.shape[1:3]
+    wide = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
+    return np.stack([one[y:y + H, x:x + W] for one, (y, x) in zip(wide, moves)])
 
 
 def images_to_float(images):

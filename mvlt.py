@@ -19,6 +19,7 @@ Letters: B batch, L words, H and W the picture's sides, P patch side, N = HW/P^2
 R the spatial reduction of keys and values, alpha P the side of a masking unit, Q the number of units, r_v and r_l the ratios hidden.
 Departures from the paper and from the authors' code are said on the line where they happen; the README lists them.
 """
+import argparse
 import math
 import os
 import re
@@ -40,7 +41,7 @@ class Config:
 
     image_size: int = 256
     patch_size: int = 4  # P; stage 1 divides the picture by P, each later stage by 2
-    text_len: int = 128  # the longest caption, [CLS] and [SEP] included
+    text_len: int = 128  # the longest caption; [CLS] and [SEP] included, so 2 or more
     vocab_size: int = 30522
     token_dim: int = 768  # width of the word input and of the text heads
     dims: tuple = (64, 128, 320, 512)  # D_k
@@ -60,14 +61,14 @@ class Config:
             value = tuple(getattr(self, name))  # a list, when the configuration comes from JSON
             object.__setattr__(self, name, value)
             require(len(value) == 4 and all(type(v) is int and v > 0 for v in value), name, "must be four positive whole numbers", value)
-        for name in ("image_size", "patch_size", "vocab_size", "token_dim", "embed_dim"):
-            require(type(getattr(self, name)) is int and getattr(self, name) > 0, name, "must be a positive whole number", getattr(self, name))
-        require(type(self.text_len) is int and self.text_len >= 2, "text_len", "must be at least 2 ([CLS] and [SEP])", self.text_len)
-        for name in ("n_category", "n_subcategory"):
-            require(type(getattr(self, name)) is int and getattr(self, name) >= 0, name, "must be a whole number, 0 for no head", getattr(self, name))
+        least = dict(image_size=1, patch_size=1, vocab_size=1, token_dim=1, embed_dim=1, text_len=2, n_category=0, n_subcategory=0)
+        for name, bound in least.items():
+            value = getattr(self, name)
+            require(type(value) is int and value >= bound, name, f"must be a whole number, {bound} or more", value)
         for name in ("drop_path", "dropout"):
             require(0 <= getattr(self, name) < 1, name, "must lie in [0, 1)", getattr(self, name))
-        require(self.image_size % (8 * self.patch_size) == 0, "image_size", f"must be a multiple of 8 patch_size = {8 * self.patch_size}", self.image_size)
+        coarsest = 8 * self.patch_size  # what one position of V4 covers
+        require(self.image_size % coarsest == 0, "image_size", f"must be a multiple of 8 patch_size = {coarsest}", self.image_size)
         for k, (dim, heads, reduction) in enumerate(zip(self.dims, self.heads, self.sr_ratios)):
             require(dim % heads == 0, f"dims[{k}]", f"must be a multiple of heads[{k}] = {heads}", dim)
             require(self.side(k) % reduction == 0, f"sr_ratios[{k}]", f"must divide the side {self.side(k)} of that stage's map", reduction)
@@ -79,7 +80,7 @@ class Config:
     @classmethod
     def preset(cls, name, **changes):
         require(name in PRESETS, "preset", f"must be one of {', '.join(PRESETS)}", name)
-        return cls(**{**PRESETS[name], **changes})
+        return cls(**PRESETS[name] | changes)
 
 
 PRESETS = {
@@ -366,7 +367,8 @@ class MVLT(nn.Module):
 
     def recognise(self, text):
         """M-CR and S-CR, two independent heads on [CLS] of T4. A photo without text is read with the empty caption [CLS] [SEP]."""
-        require(self.category_head and self.subcategory_head, "recognise", "needs n_category and n_subcategory above 0", (self.config.n_category, self.config.n_subcategory))
+        classes = (self.config.n_category, self.config.n_subcategory)
+        require(all(classes), "recognise", "needs n_category and n_subcategory above 0", classes)
         return self.category_head(text[3][:, 0]), self.subcategory_head(text[3][:, 0])
 
     def embed_images(self, images):
@@ -564,14 +566,16 @@ def save(path, model, **rest):
 
 
 def read(path):
-    """The dict in a checkpoint file. Only tensors and plain values are ever built from it."""
+    """What a checkpoint file holds. Only tensors and plain values are ever built from it; no code in it is run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the PVT family's training code keeps its arguments in the file
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # a broken file may raise almost anything
-        refused = re.search(r"(Unsupported|Trying|GLOBAL|Can only)[^.\n]*", str(error))  # what torch says of a pickle that would run code
-        raise ValueError(f"{path}: not a whole file of plain tensors ({refused[0] if refused else type(error).__name__})") from None
+        asked = re.search(r"GLOBAL (\S+)", str(error))  # a pickle asks for the function that it would run
+        reason = f"it asks for {asked[1]}" if asked else type(error).__name__
+        raise ValueError(f"{path}: not a whole file of plain tensors ({reason})") from None
 
 
 def load(path):
@@ -639,13 +643,14 @@ def load_official(checkpoint, image_size=256, **changes):
     classes = lambda head: len(weights.get(f"{head}.linear.bias", ()))
     found = dict(image_size=image_size, attend_padding=True, n_category=classes("sup_cls_head"), n_subcategory=classes("sub_cls_head"))
     model = MVLT(Config(**found | changes))
-    word, tied = "text_embeddings.word_embeddings.weight", "mlm_head.mlm_decoder.weight"
-    require(tied not in weights or torch.equal(weights[tied], weights.get(word, torch.empty(0))), tied, f"must equal {word}, to which it is tied", "another tensor")
     for second in [name for name in weights if name.endswith("_head.linear_bias")]:  # their heads carry two biases, which add up to one
-        bias = second.replace("linear_bias", "linear.bias")
-        require(bias in weights and weights[second].shape == weights[bias].shape, second, f"must have a {bias} of its shape", tuple(weights[second].shape))
-        weights[bias] = weights[bias] + weights[second]
+        first = second.replace("linear_bias", "linear.bias")
+        same = first in weights and weights[first].shape == weights[second].shape
+        require(same, second, f"must have the shape of {first}", tuple(weights[second].shape))
+        weights[first] = weights[first] + weights[second]
     model.report = adopt(model, weights, VISUAL_PARTS | TEXT_PARTS, IGNORED)
+    words, tied = weights["text_embeddings.word_embeddings.weight"], "mlm_head.mlm_decoder.weight"
+    require(torch.equal(weights.get(tied, words), words), tied, "must equal the word embedding, to which it is tied", "another tensor")
     return model.eval()
 
 
@@ -674,8 +679,8 @@ def adopt(model, weights, parts, ignored):
     parameters = {theirs: (name, parameter) for name, parameter in model.named_parameters() if (theirs := their_name(name, parts))}
     report = {name: fate for name in weights for pattern, fate in ignored.items() if re.fullmatch(pattern, name)}
     missing, unknown = parameters.keys() - weights.keys(), weights.keys() - parameters.keys() - report.keys()
-    require(not missing, "checkpoint", "must fill every weight of the model, missing are", sorted(missing))
-    require(not unknown, "checkpoint", "must hold only weights that are known, unknown are", sorted(unknown))
+    require(not missing, "checkpoint", "must leave no weight of the model unfilled", sorted(missing))
+    require(not unknown, "checkpoint", "must hold no weight that is unknown", sorted(unknown))
     fitted = {theirs: fit(theirs, weights[theirs], name, parameter.shape) for theirs, (name, parameter) in parameters.items()}
     for theirs, (value, fate) in fitted.items():
         parameters[theirs][1].copy_(value)
@@ -689,7 +694,7 @@ def fit(theirs, value, ours, shape):
     if ours.endswith("position_image"):
         slots = ours.startswith("stages.3")  # a class slot in front, in stage 4
         old, new = math.isqrt(len(table) - slots), math.isqrt(shape[0])
-        require(len(table) == old * old + slots, theirs, f"must have a square number of rows{', and one' * slots}", tuple(value.shape))
+        require(old > 0 and len(table) == old * old + slots, theirs, f"must have a square number of rows{', and one' * slots}", tuple(value.shape))
         grid = table[slots:].T.unflatten(1, (old, old))[None]  # (1, D, old, old)
         value = F.interpolate(grid.float(), size=(new, new), mode="bilinear")[0].flatten(1).T
         fate = fate if old == new else f"resized from {old} x {old} to {new} x {new}"
@@ -721,9 +726,9 @@ def table(name):
     """One preset, part by part: (part, its map, its words, blocks, M parameters, M multiply-adds for one picture with its caption)."""
     c = Config.preset(name)
     with torch.device("meta"):
-        model, tokens, image = MVLT(c).eval(), torch.ones(1, c.text_len, dtype=torch.long), torch.empty(1, 3, c.image_size, c.image_size)
+        model, image = MVLT(c).eval(), torch.empty(1, 3, c.image_size, c.image_size)
+        text, work = count(model.words, torch.ones(1, c.text_len, dtype=torch.long))
         shape = lambda x: " x ".join(map(str, x.shape[1:]))
-        text, work = count(model.words, tokens)
         rows, visual = [("word input", "", shape(text), "", millions(model.words), work)], []
         for k, stage in enumerate(model.stages):
             (image, text), work = count(stage, image, text, None)
@@ -742,15 +747,10 @@ def table(name):
 def pvt_tiny():
     """The visual half of "tiny" on its own, as PVT-Tiny's size is published: 224 px, with a classifier. M parameters, M multiply-adds."""
     with torch.device("meta"):
-        stages, image = MVLT(Config.preset("tiny", image_size=224)).eval().stages, torch.empty(1, 3, 224, 224)
-        classifier = nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 1000))
-        work = count(classifier, torch.empty(1, 512))[1]
-        for stage in stages:
-            (image, _), more = count(stage, image, None, None)
-            work += more
-    for stage in stages:
-        del stage.embed_text, stage.norm_text, stage.position_text
-    return millions(stages) + millions(classifier), work
+        model = MVLT(Config.preset("tiny", image_size=224)).eval()
+        work = count(model.encode, torch.empty(1, 3, 224, 224), None)[1]
+    visual = sum(p.numel() for name, p in model.named_parameters() if their_name(name, VISUAL_PARTS))
+    return (visual + 2 * 512 + 513_000) / 1e6, work + 0.512  # and its last LayerNorm and its classifier of 1000 classes
 
 
 if __name__ == "__main__":
@@ -758,4 +758,5 @@ if __name__ == "__main__":
         print(f"\n{preset:12} {'map (D, H, W)':>16} {'words (L, D)':>14} {'blocks':>7} {'M parameters':>13} {'M multiply-adds':>16}")
         for row in table(preset):
             print("{:12} {:>16} {:>14} {:>7} {:13.2f} {:16.0f}".format(*row))
-    print("\nThe visual half of tiny at 224 px, with a classifier: {:.1f} M parameters, {:.0f} M multiply-adds. PVT-Tiny: 13.2 and 1900.".format(*pvt_tiny()))
+    print("\nThe visual half of tiny at 224 px, with a classifier: {:.1f} M parameters, {:.0f} M multiply-adds.".format(*pvt_tiny()))
+    print("PVT-Tiny as published: 13.2 M parameters, 1.9 G multiply-adds.")

@@ -4,6 +4,7 @@ Laws of mvlt.py: the model, its masks, its losses and its files. `pytest -q test
 Where a law says "equal" it is checked in float64 on weights large enough to matter (`lively`); the references are plain loops written here.
 """
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -26,8 +27,8 @@ settings.load_profile("mvlt")
 SEEDS = st.integers(0, 2**32 - 1)
 STYLES = st.sampled_from(mvlt.MASK_STYLES)
 SMALL = Config(
-    image_size=32, text_len=10, vocab_size=30, token_dim=16, dims=(16, 16, 24, 32), depths=(1, 2, 1, 1), heads=(1, 2, 3, 4), mlp_ratios=(2, 1, 1, 2),
-    sr_ratios=(4, 2, 1, 1), n_category=3, n_subcategory=5, embed_dim=8,
+    image_size=32, text_len=10, vocab_size=30, token_dim=16, dims=(16, 16, 24, 32), depths=(1, 2, 1, 1), heads=(1, 2, 3, 4),
+    mlp_ratios=(2, 1, 1, 2), sr_ratios=(4, 2, 1, 1), n_category=3, n_subcategory=5, embed_dim=8,
 )
 SPECIAL = [0, 1, 2, 3, 4]  # [PAD] [UNK] [CLS] [SEP] [MASK]
 CLS, SEP, MASK = 2, 3, 4
@@ -38,13 +39,13 @@ def configs(draw):
     """Any legal configuration, of little work."""
     patch = draw(st.sampled_from([2, 4]))
     side = draw(st.integers(1, 3))  # of stage 4's map
-    heads = draw(st.tuples(*[st.integers(1, 3)] * 4))
+    heads, depths, mlp_ratios = (draw(st.tuples(*[st.integers(1, most)] * 4)) for most in (3, 2, 2))
     return Config(
-        image_size=8 * patch * side, patch_size=patch, text_len=draw(st.integers(2, 9)), vocab_size=draw(st.integers(6, 20)), token_dim=draw(st.integers(2, 9)),
-        dims=tuple(h * draw(st.integers(2, 5)) for h in heads), depths=draw(st.tuples(*[st.integers(1, 2)] * 4)), heads=heads,
-        mlp_ratios=draw(st.tuples(*[st.integers(1, 2)] * 4)),
+        image_size=8 * patch * side, patch_size=patch, text_len=draw(st.integers(2, 9)), vocab_size=draw(st.integers(6, 20)),
+        token_dim=draw(st.integers(2, 9)), dims=tuple(h * draw(st.integers(2, 5)) for h in heads), depths=depths, heads=heads, mlp_ratios=mlp_ratios,
         sr_ratios=tuple(draw(st.sampled_from([r for r in (1, 2, 3, 4, 8) if side * 2 ** (3 - k) % r == 0])) for k in range(4)),
-        attend_padding=draw(st.booleans()), n_category=draw(st.integers(1, 4)), n_subcategory=draw(st.integers(1, 4)), embed_dim=draw(st.integers(2, 5)),
+        attend_padding=draw(st.booleans()), embed_dim=draw(st.integers(2, 5)),
+        n_category=draw(st.integers(1, 4)), n_subcategory=draw(st.integers(1, 4)),
     )
 
 
@@ -83,12 +84,15 @@ def everything(model, images, tokens, words=None):
     visual, text = model.encode(images, tokens)
     where = torch.zeros_like(tokens, dtype=torch.bool)
     where[:, 0] = True
-    return visual + [t[:, :words] for t in text] + [model.reconstruct(visual), model.match(text), model.predict_words(text, where), *model.recognise(text)]
+    answers = [model.reconstruct(visual), model.match(text), model.predict_words(text, where), *model.recognise(text)]
+    return visual + [t[:, :words] for t in text] + answers
 
 
-def assert_equal(ones, others, tolerance=1e-9):
+def assert_equal(ones, others, tolerance=None):
+    """Equal to 1e-9 in float64; pictures and towers answer in float32, so those to 1e-6."""
     for one, other in zip(ones, others, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+        usual = 1e-9 if one.dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(one, other, rtol=0, atol=usual if tolerance is None else tolerance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -109,12 +113,12 @@ def test_a_configuration_survives_json_and_cannot_be_edited():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(image_size=100), "image_size must be a multiple of 8 patch_size = 32, got 100"),
-    (dict(image_size=0), "image_size must be a positive whole number, got 0"),
-    (dict(patch_size=4.0), "patch_size must be a positive whole number, got 4.0"),
-    (dict(vocab_size=True), "vocab_size must be a positive whole number, got True"),
-    (dict(token_dim=-1), "token_dim must be a positive whole number, got -1"),
-    (dict(embed_dim="8"), "embed_dim must be a positive whole number, got '8'"),
-    (dict(text_len=1), "text_len must be at least 2 ([CLS] and [SEP]), got 1"),
+    (dict(image_size=0), "image_size must be a whole number, 1 or more, got 0"),
+    (dict(patch_size=4.0), "patch_size must be a whole number, 1 or more, got 4.0"),
+    (dict(vocab_size=True), "vocab_size must be a whole number, 1 or more, got True"),
+    (dict(token_dim=-1), "token_dim must be a whole number, 1 or more, got -1"),
+    (dict(embed_dim="8"), "embed_dim must be a whole number, 1 or more, got '8'"),
+    (dict(text_len=1), "text_len must be a whole number, 2 or more, got 1"),
     (dict(dims=(64, 128, 320)), "dims must be four positive whole numbers, got (64, 128, 320)"),
     (dict(depths=(2, 2, 0, 2)), "depths must be four positive whole numbers, got (2, 2, 0, 2)"),
     (dict(heads=(1, 2, 5, 7)), "dims[3] must be a multiple of heads[3] = 7, got 512"),
@@ -122,8 +126,8 @@ def test_a_configuration_survives_json_and_cannot_be_edited():
     (dict(mlp_ratios=(8, 8, 4, -4)), "mlp_ratios must be four positive whole numbers, got (8, 8, 4, -4)"),
     (dict(drop_path=1), "drop_path must lie in [0, 1), got 1"),
     (dict(dropout=-0.1), "dropout must lie in [0, 1), got -0.1"),
-    (dict(n_category=-1), "n_category must be a whole number, 0 for no head, got -1"),
-    (dict(n_subcategory=1.5), "n_subcategory must be a whole number, 0 for no head, got 1.5"),
+    (dict(n_category=-1), "n_category must be a whole number, 0 or more, got -1"),
+    (dict(n_subcategory=1.5), "n_subcategory must be a whole number, 0 or more, got 1.5"),
 ])
 def test_an_impossible_value_is_refused_with_the_setting_the_rule_and_the_value(changes, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -205,7 +209,7 @@ def test_more_padding_changes_nothing(seed, lengths, more, with_picture):
         assert_equal(everything(model, images, short, min(lengths)), everything(model, images, long, min(lengths)))
     else:
         assert_equal(*[[t[:, : min(lengths)] for t in model.encode(None, tokens)[1]] for tokens in (short, long)])
-    assert_equal([model.embed_texts(short)], [model.embed_texts(long)], 1e-6)  # the towers answer in float32
+    assert_equal([model.embed_texts(short)], [model.embed_texts(long)])
 
 
 @given(seed=SEEDS, lengths=st.lists(st.integers(2, 8), min_size=1, max_size=3))
@@ -215,13 +219,11 @@ def test_what_stands_at_the_padding_changes_nothing(seed, lengths):
     vectors = model.embed_texts(tokens)
     with torch.no_grad():
         model.words.word.weight[0] += 5  # [PAD]
-    where = tokens == 0
-    assert where.any()
     after = [everything(model, images[i : i + 1], tokens[i : i + 1], length) for i, length in enumerate(lengths)]
     for one, other in zip(before, after):
         one[-3], other[-3] = one[-3][:, 1:], other[-3][:, 1:]  # the logit of [PAD] itself is tied to what was changed
         assert_equal(one, other)
-    assert_equal([vectors], [model.embed_texts(tokens)], 1e-6)
+    assert_equal([vectors], [model.embed_texts(tokens)])
 
 
 def test_with_attend_padding_more_padding_does_change_the_result_as_in_the_authors_code():
@@ -243,8 +245,7 @@ def test_a_result_does_not_depend_on_the_neighbours_in_the_batch(seed, lengths):
     for i in range(len(lengths)):
         one, words = images[i : i + 1], tokens[i : i + 1]
         alone = everything(model, one, words) + [model.embed_images(one), model.embed_texts(words)]
-        assert_equal([out[i : i + 1] for out in together], alone, 1e-6)  # 1e-6: pictures and towers are float32
-        assert_equal([out[i : i + 1] for out in together[:8]], alone[:8])
+        assert_equal([out[i : i + 1] for out in together], alone)
 
 
 def test_dropout_and_drop_path_work_in_training_and_are_off_in_evaluation():
@@ -253,9 +254,8 @@ def test_dropout_and_drop_path_work_in_training_and_are_off_in_evaluation():
     model, plain = lively(config), lively(dataclasses.replace(config, dropout=0.0, drop_path=0.0))
     assert_equal(everything(model, images, tokens), everything(plain, images, tokens), 0)
     for part in (mvlt.DropPath, nn.Dropout):
-        model.eval()
         for module in model.modules():
-            module.train(isinstance(module, part)) if isinstance(module, part) else None
+            module.training = isinstance(module, part)
         torch.manual_seed(0)
         assert (everything(model, images, tokens)[7] - everything(plain, images, tokens)[7]).abs().max() > 1e-3
 
@@ -287,6 +287,18 @@ def test_recomputing_activations_changes_neither_results_nor_gradients():
         results.append([out] + [p.grad for p in model.parameters() if p.grad is not None])
     assert len(results[0]) > 100
     assert_equal(*results)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, where attention takes another path")
+def test_a_gpu_computes_the_same():
+    model, images, tokens = lively(SMALL), pictures(SMALL, 2), captions(SMALL, [5, 7])
+    expected = everything(model, images, tokens)
+    found = everything(model.cuda(), images.cuda(), tokens.cuda())
+    assert_equal([out.cpu() for out in found], expected)
+    masked, where = mvlt.mask_tokens(tokens.cuda(), 30, MASK, SPECIAL, generator=gen(0))
+    assert_equal([masked.cpu(), where.cpu()], mvlt.mask_tokens(tokens, 30, MASK, SPECIAL, generator=gen(0)), 0)
+    masked, hidden = mvlt.mask_images(images.cuda(), unit=4, generator=gen(0))
+    assert_equal([masked.cpu(), hidden.cpu()], mvlt.mask_images(images, unit=4, generator=gen(0)), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -423,14 +435,14 @@ def test_grid_at_one_half_is_a_chessboard():
 @given(H=st.integers(1, 40), W=st.integers(1, 40), ratio=st.floats(0, 1))
 def test_center_is_one_centred_rectangle_of_that_area(H, W, ratio):
     hidden = mvlt.draw_units(1, (H, W), "center", ratio, 1)[0, 0]
-    rows, columns = hidden.any(1), hidden.any(0)
-    h, w = rows.sum().item(), columns.sum().item()
-    assert torch.equal(hidden, rows[:, None] & columns)
-    assert abs(h - H * ratio**0.5) <= 0.5 and abs(w - W * ratio**0.5) <= 0.5
-    if h and w:
-        top, left = rows.nonzero()[0].item(), columns.nonzero()[0].item()
-        assert rows[top : top + h].all() and columns[left : left + w].all()
-        assert abs(top - (H - h) / 2) <= 0.5 and abs(left - (W - w) / 2) <= 0.5
+    rows, columns = hidden.any(1).nonzero().flatten().tolist(), hidden.any(0).nonzero().flatten().tolist()
+    if not hidden.any():
+        assert min(H, W) * ratio**0.5 <= 0.5  # too thin to be drawn
+        return
+    for line, side in ((rows, H), (columns, W)):
+        assert line == list(range(line[0], line[-1] + 1)) and abs(len(line) - side * ratio**0.5) <= 0.5
+        assert abs(line[0] - (side - len(line)) / 2) <= 0.5  # as much before it as behind
+    assert hidden.sum() == len(rows) * len(columns)
 
 
 @given(side=st.integers(8, 48), width=st.integers(1, 6), ratio=st.floats(0, 1), seed=SEEDS)
@@ -491,9 +503,9 @@ def test_word_masks_touch_ordinary_words_only_at_least_one_per_caption_and_keep_
     assert torch.equal(masked, again) and torch.equal(where, where_again)
 
 
-@pytest.mark.parametrize("words, captions_", [(400, 400), (1, 20000)])  # long captions; captions whose only word has to be chosen
+@pytest.mark.parametrize("words, captions_", [(400, 1000), (1, 60000)])  # long captions; captions whose only word has to be chosen
 def test_15_percent_of_the_words_are_chosen_and_of_those_80_masked_10_replaced_10_kept(words, captions_):
-    """False alarm: at most 29 counts, each within Bernstein's bound for 1e-9: fails for one seed in 3e7."""
+    """False alarm: at most 30 counts, each within Bernstein's bound for 1e-9: fails for one seed in 3e7."""
     word = 7
     tokens = torch.full((captions_, words + 2), word)
     tokens[:, 0], tokens[:, -1] = CLS, SEP
@@ -506,6 +518,7 @@ def test_15_percent_of_the_words_are_chosen_and_of_those_80_masked_10_replaced_1
     counts = masked[where].bincount(minlength=30).tolist()
     assert abs(counts[MASK] - 0.8 * n) <= deviation(n, 0.8)
     assert abs(counts[word] - (0.1 + 0.1 / 25) * n) <= deviation(n, 0.1 + 0.1 / 25)  # kept, or replaced by itself
+    assert abs(n - counts[MASK] - counts[word] - 0.1 * 24 / 25 * n) <= deviation(n, 0.1 * 24 / 25)
     for other in set(range(5, 30)) - {word}:
         assert abs(counts[other] - 0.1 / 25 * n) <= deviation(n, 0.1 / 25)
 
@@ -539,7 +552,9 @@ def test_mir_loss_is_smooth_l1_number_by_number(pairs):
     assert mvlt.mir_loss(images, images).item() == 0  # a perfect reconstruction costs nothing
 
 
-@pytest.mark.parametrize("error, value, slope", [(0.3, 0.045, 0.3), (-0.3, 0.045, -0.3), (0.999, 0.499, 0.999), (1.001, 0.501, 1), (2, 1.5, 1), (-2, 1.5, -1)])
+@pytest.mark.parametrize("error, value, slope", [
+    (0.3, 0.045, 0.3), (-0.3, 0.045, -0.3), (0.999, 0.499, 0.999), (1.001, 0.501, 1), (2, 1.5, 1), (-2, 1.5, -1),
+])
 def test_mir_loss_has_its_value_and_slope_on_both_sides_of_1(error, value, slope):
     rebuilt = torch.tensor([[[[error, 0.0]]]], requires_grad=True)
     loss = mvlt.mir_loss(rebuilt, torch.zeros(1, 1, 1, 2))
@@ -673,11 +688,11 @@ def test_mir_reads_each_of_the_four_maps(level):
 def test_towers_give_unit_vectors_from_one_side_alone(seed, lengths):
     model, images, tokens = lively(SMALL, seed), pictures(SMALL, len(lengths), seed), captions(SMALL, lengths, seed)
     for vectors in (model.embed_images(images), model.embed_texts(tokens)):
-        assert_equal([vectors.norm(dim=1)], [torch.ones(len(lengths))], 1e-6)
+        assert_equal([vectors.norm(dim=1)], [torch.ones(len(lengths))])
     _, text = model.encode(None, tokens)
     for i, length in enumerate(lengths):
         mean = sum(text[3][i, j] for j in range(length)) / length
-        assert_equal([model.text_tower(mean[None])], [model.embed_texts(tokens)[i : i + 1]], 1e-6)
+        assert_equal([model.text_tower(mean[None])], [model.embed_texts(tokens)[i : i + 1]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -738,10 +753,10 @@ OPEN = [mvlt.read, mvlt.load, mvlt.load_official, lambda path: mvlt.load_pvt(MVL
 
 
 @pytest.mark.parametrize("open_file", OPEN)
-@pytest.mark.parametrize("write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
+@pytest.mark.parametrize("write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing, protocol=2))])
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, open_file, write):
     write({"model": Bomb(tmp_path / "exploded")}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"model.pt: not a whole file of plain tensors \(.*mkdir.*\)$"):
+    with pytest.raises(ValueError, match=r"model.pt: not a whole file of plain tensors \(it asks for \w+.mkdir\)$"):
         open_file(tmp_path / "model.pt")
     assert not (tmp_path / "exploded").exists()
 
@@ -836,11 +851,11 @@ def with_bias(name, *shape):
 
 def noise(shapes):
     """Weights of each shape, large enough to matter."""
-    generator = gen(0)
-    return {
-        name: torch.randn(shape, generator=generator) * (1.5 / math.prod(shape[1:]) ** 0.5 if len(shape) > 1 else 0.3) + (1 if len(shape) == 1 and name.endswith("weight") else 0)
-        for name, shape in shapes.items()
-    }
+    weights, generator = {}, gen(0)
+    for name, shape in shapes.items():
+        around = 1 if len(shape) == 1 and name.endswith("weight") else 0  # a LayerNorm's weight
+        weights[name] = around + torch.randn(shape, generator=generator) * (1.5 / math.prod(shape[1:]) ** 0.5 if len(shape) > 1 else 0.3)
+    return weights
 
 
 def resize_table(table, old, new):
@@ -920,7 +935,7 @@ def test_the_authors_checkpoint_computes_what_their_network_computes(trained_on,
         ours["sup_cls"], ours["sub_cls"] = model.recognise(text)
     theirs = authors_network(weights, c, images, tokens)
     assert ours.keys() == theirs.keys()
-    assert_equal([ours[name] for name in theirs], list(theirs.values()), 1e-5 if trained_on != image_size else 1e-9)  # tables are resized in float32
+    assert_equal([ours[name] for name in theirs], list(theirs.values()), 1e-5)  # tables are resized, and biases added, in float32
 
 
 def test_the_authors_checkpoint_without_recognition_gives_a_model_without_it():
@@ -932,7 +947,7 @@ def test_the_authors_checkpoint_without_recognition_gives_a_model_without_it():
 def test_an_untied_decoder_or_a_lonely_second_bias_is_refused():
     weights = official_weights(SMALL, 32)
     untied = weights | {"mlm_head.mlm_decoder.weight": weights["mlm_head.mlm_decoder.weight"] + 1}
-    with pytest.raises(ValueError, match="mlm_head.mlm_decoder.weight must equal text_embeddings.word_embeddings.weight"):
+    with pytest.raises(ValueError, match="mlm_head.mlm_decoder.weight must equal the word embedding, to which it is tied"):
         mvlt.load_official(untied, image_size=32, **official_changes(SMALL))
     with pytest.raises(ValueError, match="itm_head.linear_bias"):
         mvlt.load_official(weights | {"itm_head.linear_bias": torch.zeros(3)}, image_size=32, **official_changes(SMALL))
@@ -951,7 +966,8 @@ def their_place(model, theirs):
 def test_pvt_at_224_is_copied_exactly_and_every_key_accounted_for():
     config = Config.preset("tiny", image_size=224, vocab_size=30, token_dim=8, embed_dim=8)
     weights, model = pvt_weights(config, 224), MVLT(config)
-    others = {name: p.clone() for name, p in model.named_parameters() if not re.match(r"stages\.\d\.(position_image|embed_image|norm_image|blocks)", name)}
+    visual = re.compile(r"stages\.\d\.(position_image|embed_image|norm_image|blocks)")
+    others = {name: p.clone() for name, p in model.named_parameters() if not visual.match(name)}
     report = mvlt.load_pvt(model, weights)
     assert set(report) == set(weights)
     for name, value in weights.items():
@@ -1006,10 +1022,11 @@ def test_a_missing_an_ill_shaped_or_an_unknown_key_is_refused_by_name_and_nothin
 
 def test_weights_are_read_from_a_file_as_from_a_dict_and_nothing_else_is_taken(tmp_path):
     models = [MVLT(SMALL), MVLT(SMALL)]
-    torch.save({"model": PVT}, tmp_path / "pvt.pth")
+    torch.save({"model": PVT, "epoch": 3, "args": argparse.Namespace(lr=0.1)}, tmp_path / "pvt.pth")  # as PVT's training code writes them
     reports = [mvlt.load_pvt(models[0], tmp_path / "pvt.pth"), mvlt.load_pvt(models[1], PVT)]
     assert reports[0] == reports[1]
-    assert all(torch.equal(models[0].get_parameter(name), p) for name, p in models[1].named_parameters() if mvlt.their_name(name, mvlt.VISUAL_PARTS))
+    for name in PVT.keys() - {"cls_token", "norm.weight", "norm.bias", "head.weight", "head.bias"}:
+        assert torch.equal(their_place(models[0], name), their_place(models[1], name))
     torch.save([1, 2], tmp_path / "list.pth")
     for nothing in ({}, {"model": {}}, {"a": 1}, tmp_path / "list.pth"):
         with pytest.raises(ValueError, match="must be a state dict"):

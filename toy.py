@@ -285,8 +285,8 @@ class Canvas:
         """Lay on a piece of cloth of this outline, its grain turned, shaded as if it were a little padded, with a seam round it."""
         corners = self.place(outline)
         ahead = np.roll(corners, -1, 0)
-        area, round = abs((corners[:, 0] * ahead[:, 1] - corners[:, 1] * ahead[:, 0]).sum()) / 2, np.hypot(*(ahead - corners).T).sum()
-        soft = float(np.clip(0.6 * area / round, 0.8, 0.02 * self.side))  # the padding: less on a slim part
+        area, rim = abs((corners[:, 0] * ahead[:, 1] - corners[:, 1] * ahead[:, 0]).sum()) / 2, np.hypot(*(ahead - corners).T).sum()
+        soft = float(np.clip(0.6 * area / rim, 0.8, 0.02 * self.side))  # the padding: less on a slim part
         left, top = (corners.min(0) - 3 * soft).astype(int).tolist()
         right, bottom = (corners.max(0) + 3 * soft).astype(int).tolist()
         mask = Image.new("L", (right - left, bottom - top))
@@ -345,12 +345,14 @@ class Canvas:
 
     def finish(self):
         """The picture at its size, over a light backdrop, with a soft shadow."""
-        move = Image.Transform.AFFINE, (1, 0, -0.012 * self.side, 0, 1, -0.03 * self.side)
-        shadow = self.covered.transform(self.covered.size, *move).filter(ImageFilter.GaussianBlur(self.side * 0.03))
-        fall = np.linspace(1.02, 0.96, self.side, dtype=np.float32)[:, None, None]
-        ground = np.float32(self.pose.backdrop) * (fall - np.float32(0.3 / 255) * np.asarray(shadow, dtype=np.float32)[..., None])
-        ground = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
-        return Image.composite(self.image, ground, self.covered).reduce(self.FINE)
+        image, covered = (np.asarray(large.reduce(self.FINE), dtype=np.float32) for large in (self.image, self.covered))
+        size = len(covered)
+        move = Image.Transform.AFFINE, (1, 0, -0.012 * size, 0, 1, -0.03 * size), Image.Resampling.BILINEAR
+        shadow = self.covered.reduce(self.FINE).transform((size, size), *move).filter(ImageFilter.GaussianBlur(0.03 * size))
+        fall = np.linspace(1.02, 0.96, size, dtype=np.float32)[:, None]
+        light = (fall - np.asarray(shadow, dtype=np.float32) * np.float32(0.3 / 255)) * (1 - covered / 255)
+        picture = image + np.minimum(255, np.float32(self.pose.backdrop) * light[..., None])  # the image is black where nothing covers it
+        return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
 
 # ---------------------------------------------------------------- a product
 
@@ -438,11 +440,13 @@ def stitches(c, p, points, pair=False):
 
 
 def belt(c, y, half):
+    """A leather belt of this half width, its top at y."""
     c.part(box(0, y, 2 * half, 0.11), Cloth(LEATHER))
     buckle(c, 0, y - 0.02)
 
 
 def buckle(c, x, y):
+    """A buckle whose top is centred on (x, y)."""
     c.line(box(x, y, 0.17, 0.15) + [(x - 0.085, y)], GOLD, 0.036)
 
 
@@ -1184,6 +1188,7 @@ def split_of(number):
 
 
 def save(job):
+    """Draw one view and write it down."""
     product, view, size, path = job
     draw(product, view, size).save(path)
 

@@ -20,7 +20,8 @@ import re
 import signal
 import sys
 import time
-from contextlib import nullcontext
+import zlib
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -37,10 +38,24 @@ import mvlt
 import toy
 
 OBJECTIVES = ("mir", "itm", "mlm", "itc", "cr")
+TOY = "toy"  # where the toy boutique is drawn
 
 
 class RunError(Exception):
     """Something a user can put right, in one line."""
+
+
+class UsageError(ValueError):
+    """A flag, or several together, that can mean nothing: exit status 2."""
+
+
+@contextmanager
+def usage():
+    """What is refused in here was asked for by a flag."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(error) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -77,6 +92,7 @@ class Settings:
     hard_from: float = 0.6  # share of the steps before which negatives are uniform: easy before hard
     modality: str = "both"  # what recognition reads: both, image or text
     mirror: float = 0.5  # how many pictures are flipped left to right
+    shift: int = 4  # pixels by which each picture is moved at most
     epochs: float = 0.0
     steps: int = 1200  # used when epochs is 0
     batch_size: int = 128  # G, over all processes
@@ -97,7 +113,7 @@ class Settings:
 
 
 PAPER = dict(
-    model="tiny", objectives="mir,itm,mlm", match_whole=False, itm_negatives="uniform", itm_from=0.0, mirror=0.0,
+    model="tiny", objectives="mir,itm,mlm", match_whole=False, itm_negatives="uniform", itm_from=0.0, mirror=0.0, shift=0,
     vocab_words=30522, epochs=150.0, batch_size=1200, lr=2.5e-3, warmup=5 / 150, workers=4, save_every=1000,
 )  # Sec. 4.1; epochs, warm-up and final learning rate from the authors' code
 PRESETS = {"demo": {}, "paper": PAPER, "plus": dict(PAPER, objectives="mir,itm,mlm,itc", match_whole=True, itm_negatives="hard", itm_from=0.3, mirror=0.5, lr=1e-3)}
@@ -108,6 +124,10 @@ CHOICES = {"task": ("pretrain", "recognise"), "preset": tuple(PRESETS), "model":
 OF_THE_DATA = {"vocab_size", "n_category", "n_subcategory"}  # fields of the configuration that the data decides
 
 
+def flag(name):
+    return "--from" if name == "start" else "--" + name.replace("_", "-")
+
+
 def parse(arguments=None):
     """Flags -> (args, the settings that were given, the fields of the model's configuration that were given)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -116,16 +136,17 @@ def parse(arguments=None):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be read, and say which")
     for field in fields(Settings):
-        flag = "--from" if field.name == "start" else "--" + field.name.replace("_", "-")
         if field.type is bool:
-            parser.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction, default=None, help=f"default in the demo: {field.default}")
+            parser.add_argument(flag(field.name), dest=field.name, action=argparse.BooleanOptionalAction, default=None, help=f"default in the demo: {field.default}")
         else:
-            parser.add_argument(flag, dest=field.name, type=field.type, choices=CHOICES.get(field.name), help=f"default in the demo: {field.default!r}")
+            parser.add_argument(flag(field.name), dest=field.name, type=field.type, choices=CHOICES.get(field.name), help=f"default in the demo: {field.default!r}")
     for field in fields(mvlt.Config):
         if field.name not in OF_THE_DATA:
             kind = {tuple: whole_numbers, bool: yes_or_no}.get(field.type, field.type)
-            parser.add_argument("--" + field.name.replace("_", "-"), dest=f"config_{field.name}", type=kind, help="of the model's configuration")
+            parser.add_argument(flag(field.name), dest=f"config_{field.name}", type=kind, help="of the model's configuration")
     args = parser.parse_args(arguments)
+    if args.resume and not args.out:
+        parser.error("--resume needs --out, the run to go on with")
     given = {name: value for name, value in vars(args).items() if value is not None}
     settings = {field.name: given[field.name] for field in fields(Settings) if field.name in given}
     return args, settings, {name.removeprefix("config_"): value for name, value in given.items() if name.startswith("config_")}
@@ -136,18 +157,36 @@ def whole_numbers(text):
 
 
 def yes_or_no(text):
-    return {"yes": True, "true": True, "no": False, "false": False}[text.lower()]
+    if text.lower() not in ("yes", "true", "no", "false"):
+        raise argparse.ArgumentTypeError(f"must be yes or no, got {text!r}")
+    return text.lower() in ("yes", "true")
 
 
-def resolve(given):
-    """Preset, then task, then flags: what comes later beats what came before. An impossible setting is refused by name."""
-    task = RECOGNISE if given.get("task") == "recognise" else {}
-    s = Settings(**{**PRESETS[given.get("preset", "demo")], **task, **given})
+def resolve(given, base=None):
+    """
+    Preset, then task, then flags: what comes later beats what came before. On --resume `base` is the run that goes on, and flags beat it.
+    An impossible setting is refused by name.
+    """
+    if base is None:
+        base = {**PRESETS[given.get("preset", "demo")], **(RECOGNISE if given.get("task") == "recognise" else {})}
+    if "steps" in given and "epochs" not in given:
+        base = {**base, "epochs": 0.0}  # the flag beats the preset's epochs
+    s = Settings(**{**base, **given})
+    for field in fields(s):
+        value = getattr(s, field.name)
+        mvlt.require(field.type is not float or math.isfinite(value), flag(field.name), "must be a finite number", value)
     for name, low, high in (("mask_ratio", 0, 1), ("mask_words", 0, 1), ("mask_image_prob", 0, 1), ("itm_from", 0, 1), ("hard_from", 0, 1), ("mirror", 0, 1), ("warmup", 0, 1)):
-        mvlt.require(low <= getattr(s, name) <= high, f"--{name.replace('_', '-')}", f"must lie in [{low}, {high}]", getattr(s, name))
+        mvlt.require(low <= getattr(s, name) <= high, flag(name), f"must lie in [{low}, {high}]", getattr(s, name))
     for name in ("batch_size", "lr", "clip", "log_every", "save_every", "vocab_words"):
-        mvlt.require(getattr(s, name) > 0, f"--{name.replace('_', '-')}", "must be above 0", getattr(s, name))
+        mvlt.require(getattr(s, name) > 0, flag(name), "must be above 0", getattr(s, name))
+    for name in ("w_mir", "w_itm", "w_mlm", "w_itc", "w_cr", "epochs", "micro_batch", "final_lr", "weight_decay", "workers", "seed"):
+        mvlt.require(0 <= getattr(s, name) < 2**63, flag(name), "must not be below 0 nor absurdly large", getattr(s, name))
     mvlt.require(s.epochs > 0 or s.steps > 0, "--steps", "must be above 0 (or give --epochs)", s.steps)
+    mvlt.require(not ("steps" in given and given.get("epochs")), "--steps and --epochs", "exclude each other", (s.steps, s.epochs))
+    mvlt.require(not (s.start and s.init), "--from and --init", "exclude each other", (s.start, s.init))
+    mvlt.require(not (s.start and "model" in given), "--from", "brings its own shape, --model", s.model)
+    mvlt.require(not (s.start and s.vocab), "--from", "brings its own words, --vocab", s.vocab)
+    mvlt.require(s.final_lr <= s.lr, "--final-lr", f"must not be above --lr {s.lr}", s.final_lr)
     chosen = s.objectives.split(",")
     mvlt.require(len(set(chosen)) == len(chosen) and set(chosen) <= set(OBJECTIVES), "--objectives", f"must name some of {','.join(OBJECTIVES)}", s.objectives)
     mvlt.require(s.itm_negatives != "hard" or "itm" not in chosen or "itc" in chosen, "--itm-negatives hard", "needs the towers: add itc to --objectives", s.objectives)
@@ -360,8 +399,18 @@ def find_data(s):
     """The data folder; without one the toy boutique, drawn once."""
     if s.data:
         return s.data
-    evaluation.first_then_others(lambda: toy.make("toy") if evaluation.rank() == 0 else None)
-    return "toy"
+    evaluation.first_then_others(lambda: toy.make(TOY) if evaluation.rank() == 0 else None)
+    return TOY
+
+
+def check_negatives(s, train, val):
+    """Matching needs another product for every pair: say now where there is none, and not in the middle of the night."""
+    for split, pairs in (("train", train), ("val", val)) if "itm" in s.objectives.split(",") else ():
+        try:
+            if split == "train" or len(pairs.rows) > 1:  # a single pair is never mismatched
+                data.draw_negatives(torch.arange(len(pairs.rows)), pairs.products, pairs.captions, data.generator("check"))
+        except data.DataError as error:
+            raise RunError(f"{split}: {error}; leave itm out of --objectives") from None
 
 
 def find_words(s, folder, rows):
@@ -375,6 +424,7 @@ def find_words(s, folder, rows):
 def make_model(s, changes, tokenizer, labels):
     """A model for this data: fresh, from --init's weights, or from the run that --from names. Returns it with a line on where it came from."""
     torch.manual_seed(s.seed)
+    sizes = dict(vocab_size=len(tokenizer), n_category=len(labels["category"]), n_subcategory=len(labels["subcategory"]))
     if s.start:
         old, _, _ = evaluation.load_run(s.start)
         said, base = f"from {s.start}", asdict(old.config)
@@ -382,10 +432,12 @@ def make_model(s, changes, tokenizer, labels):
         old, said, base = None, "fresh weights", asdict(mvlt.Config.preset(s.model))
     weights = mvlt.open_state_dict(s.init) if s.init else {}
     if "text_embeddings.word_embeddings.weight" in weights:
-        old = mvlt.load_official(weights, image_size=changes.get("image_size", base["image_size"]))
+        old = mvlt.load_official(weights, **{"image_size": base["image_size"], "vocab_size": len(tokenizer), **changes})
         said, base = f"the MVLT authors' weights in {s.init}", asdict(old.config)
-    sizes = dict(vocab_size=len(tokenizer), n_category=len(labels["category"]), n_subcategory=len(labels["subcategory"]))
-    model = mvlt.MVLT(mvlt.Config(**{**base, **sizes, **changes}))
+    with usage():
+        config = mvlt.Config(**{**base, **sizes, **changes})
+        mvlt.draw_units(1, (config.image_size, config.image_size), s.mask_style, s.mask_ratio, s.mask_unit, data.generator("check"))  # refuses a unit that does not fit
+    model = mvlt.MVLT(config)
     if old:
         transplant(old, model, heads_too=old.labels == labels)
     elif weights:
@@ -400,7 +452,8 @@ def transplant(old, model, heads_too):
     wanted, found = model.state_dict(), old.state_dict()
     for name, value in wanted.items():
         if heads_too or not name.startswith(("category_head", "subcategory_head")):
-            mvlt.require(name in found and found[name].shape == value.shape, "--from", f"must fit this configuration, but {name} differs from", tuple(value.shape))
+            shape = tuple(found[name].shape) if name in found else None
+            mvlt.require(shape == tuple(value.shape), name, f"of the weights to start from must have this configuration's shape {tuple(value.shape)}", shape)
             value.copy_(found[name])
 
 
@@ -428,31 +481,88 @@ def make_optimizer(model, s):
 # The run's folder
 
 
-def open_folder(args):
-    """RUN, new or to be resumed, locked for as long as this process lives."""
+def choose_folder(args):
+    """RUN, and whether there is a run in it to go on with. The first process decides for all, also for those on other machines."""
     if args.out:
         out = Path(args.out)
     else:
         taken = [int(path.name) for path in Path("runs").glob("*") if path.name.isdigit()]
         out = Path("runs") / str(max(taken, default=0) + 1)
-    if (out / "last.pt").exists() and not args.resume:
+    chosen = [out, (out / "last.pt").exists()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen)
+    out, holds_a_run = chosen
+    if holds_a_run and not args.resume:
         raise RunError(f"--out {out} already holds a run; add --resume to go on with it, or choose another folder")
+    return out, holds_a_run
+
+
+def open_folder(out):
+    """Make the run's folder and lock it for as long as the returned file is open."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "samples").mkdir(exist_ok=True)
     lock = open(out / ".lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: loaders that outlive it do not hold it
     except OSError:
         raise RunError(f"--out {out}: another run is writing there") from None
-    return out, lock
+    return lock
 
 
-def check_resume(saved, now, config, device_free=MAY_CHANGE):
+def read_last(path):
+    """The checkpoint to go on from, as this version of the script writes it."""
+    saved = mvlt.read(path)
+    absent = {"model", "optimizer", "step", "run", "best", "rows", "vocabulary", "labels", "config"} - saved.keys()
+    unknown = saved.get("run", {}).keys() - {field.name for field in fields(Settings)}
+    if absent or unknown:
+        raise RunError(f"--resume: {path} is not a run of this version of train.py: it lacks {sorted(absent)} and has the unknown settings {sorted(unknown)}")
+    return saved
+
+
+def fingerprint(rows):
+    """A number that changes with the training rows."""
+    return zlib.crc32(json.dumps([{**row, "where": ""} for row in rows], sort_keys=True).encode())
+
+
+def check_resume(saved, now, config, rows):
     """A resumed run must be the same run."""
-    old, new = {**saved["run"], **saved["config"]}, {**asdict(now), **asdict(config)}
-    differ = [f"{name} (was {old.get(name)!r}, now {new[name]!r})" for name in new if name not in device_free and plain(old.get(name)) != plain(new[name])]
+    old, new = {**saved["run"], **saved["config"], "training rows": saved["rows"]}, {**asdict(now), **asdict(config), "training rows": rows}
+    differ = [f"{name} (was {old.get(name)!r}, now {new[name]!r})" for name in new if name not in MAY_CHANGE and plain(old.get(name)) != plain(new[name])]
     if differ:
         raise RunError(f"--resume: this is another run: {', '.join(differ)}; start a new one with --from")
+
+
+def cut_log(path, step):
+    """Forget what was logged after `step`, and a line that a killed run left unfinished: these steps come again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except ValueError:
+            break
+    with data.whole_file(path) as file:
+        file.write("".join(line + "\n" for line in kept).encode())
+
+
+@contextmanager
+def asked_to_stop():
+    """A list that SIGTERM and Ctrl-C fill, instead of ending the process in the middle of something."""
+    asked = []
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_finite(step, losses, rows, last):
+    """A loss that is no number ends the run before it reaches the weights or a checkpoint."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            kept = f"{last} is from before it" if last.exists() else "nothing was saved yet"
+            raise RunError(f"step {step}: the {name} is {value} (rows {', '.join(map(str, rows))}, ...); {kept}. A lower --lr, or --no-bf16, may help")
 
 
 def plain(value):
@@ -515,21 +625,14 @@ def main(args, given, changes):
     # who am I
     device = evaluation.join_processes(args.device)
     first = evaluation.rank() == 0
-    say = print if first else lambda *words: None
-    stopping = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopping.append(number))
-    out, lock = open_folder(args) if first else (None, None)
-    if evaluation.world() > 1:
-        named = [out]
-        dist.broadcast_object_list(named)
-        out = named[0]
-    saved = mvlt.read(out / "last.pt") if args.resume and (out / "last.pt").exists() else None
+    say = (lambda words: print(words, flush=True)) if first else lambda words: None
+    out, resumes = choose_folder(args)
+    saved = read_last(out / "last.pt") if resumes else None
+    with usage():
+        s = resolve(given, saved and saved["run"])
     if saved:
-        s = resolve({**saved["run"], **given})
         changes = {**{name: value for name, value in saved["config"].items() if name not in OF_THE_DATA}, **changes}
-    else:
-        s = resolve(given)
+    lock = open_folder(out) if first else None
 
     # data
     folder = find_data(s)
@@ -540,12 +643,13 @@ def main(args, given, changes):
         raise RunError(f"--objectives {s.objectives}: recognition needs category and subcategory in {folder}")
 
     # model and optimiser
-    model, said = make_model(s, changes, tokenizer, labels)
+    model, said = make_model(replace(s, start="", init="") if saved else s, changes, tokenizer, labels)
     config = model.config
     train = open_data(folder, s, "train", tokenizer, config, labels, args.skip_bad)
     val = open_data(folder, s, "val", tokenizer, config, labels, args.skip_bad)
     if s.itm_negatives == "subcategory" and (train.groups < 0).all():
         raise RunError(f"--itm-negatives subcategory needs the field subcategory in {folder}")
+    check_negatives(s, train, val)
     s = replace(s, data=str(folder), steps=math.ceil(s.epochs * len(train.rows) / s.batch_size) if s.epochs else s.steps)
     model.to(device)
     choose_trained(model, s)
@@ -553,9 +657,9 @@ def main(args, given, changes):
     autocast = (lambda: evaluation.autocast(device)) if s.bf16 else nullcontext
 
     # resume
-    step, best, best_step = 0, -math.inf, 0
+    step, best, read_rows = 0, -math.inf, fingerprint(train.rows)
     if saved:
-        check_resume(saved, s, config)
+        check_resume(saved, s, config, read_rows)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, best = saved["step"], saved["best"]
@@ -571,50 +675,52 @@ def main(args, given, changes):
     if first:
         (out / "config.json").write_text(json.dumps({"run": asdict(s), "config": asdict(config)}, indent=1))
         tokenizer.save(out / "vocab.txt")
-    board = tensorboard(out) if s.tensorboard and first else None
+        cut_log(out / "log.jsonl", step)
+    board = tensorboard(out, step) if s.tensorboard and first else None
 
     def save(path):
-        mvlt.save(path, model, optimizer=optimizer.state_dict(), step=step, random={"seed": s.seed, "step": step}, run=asdict(s), best=best)
+        try:
+            mvlt.save(path, model, optimizer=optimizer.state_dict(), step=step, random={"seed": s.seed, "step": step}, run=asdict(s), best=best, rows=read_rows)
+        except (OSError, RuntimeError) as error:  # torch hides a full disk behind an error of its own
+            raise RunError(f"step {step}: {path} cannot be written ({error.__context__ or error}); what was saved before is intact") from None
 
     # loop
     log = open(out / "log.jsonl", "a", buffering=1) if first else None
     bar = tqdm(total=s.steps, initial=step, unit="step", disable=None if first else True)
     since, seen, names = time.time(), 0, s.objectives.split(",")
     model.train()
-    for batch in data.Batches(train.pictures, s.batch_size, s.seed, step, s.steps, evaluation.rank(), evaluation.world(), s.mirror, s.workers):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, s)
-        towers_only = "itc" in names and step < s.itm_from * s.steps
-        hard = s.itm_negatives == "hard" and step >= s.hard_from * s.steps
-        totals = step_backward(model, batch, train, s, tokenizer, autocast, towers_only, hard)
-        losses, stop = sum_over_processes(model, totals, names, bool(stopping))
-        for name, loss in losses.items():
-            if not math.isfinite(loss):
-                raise RunError(f"step {step}: the loss {name} is {loss} (rows {batch['rows'][:4].tolist()}...); {out / 'last.pt'} is from before it. A lower --lr, or --no-bf16, may help")
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        seen += s.batch_size
+    with asked_to_stop() as asked:
+        for batch in data.Batches(train.pictures, s.batch_size, s.seed, step, s.steps, evaluation.rank(), evaluation.world(), s.mirror, s.shift, s.workers):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, s)
+            towers_only = names == ["itc"] or "itc" in names and step < s.itm_from * s.steps
+            hard = s.itm_negatives == "hard" and step >= s.hard_from * s.steps
+            totals = step_backward(model, batch, train, s, tokenizer, autocast, towers_only, hard)
+            losses, stop = sum_over_processes(model, totals, names, bool(asked))
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip).item()
+            check_finite(step, {**{f"loss {name}": loss for name, loss in losses.items()}, "gradient's norm": norm}, batch["rows"][:4].tolist(), out / "last.pt")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            seen += s.batch_size
 
-        if step % s.log_every == 0 or step == s.steps:
-            total = mvlt.total_loss(losses, {name: getattr(s, f"w_{name}") for name in OBJECTIVES})
-            line = dict(step=step, epoch=round(step * s.batch_size / len(train.rows), 3), loss=total, **{n: losses[n] for n in names if not (towers_only and n != "itc")},
-                        lr=optimizer.param_groups[0]["lr"], grad_norm=float(norm), images_per_s=seen / (time.time() - since), memory_gb=memory(device))
-            since, seen = time.time(), 0
-            if first:
+            if first and (step % s.log_every == 0 or step == s.steps):
+                total = mvlt.total_loss(losses, {name: getattr(s, f"w_{name}") for name in OBJECTIVES})
+                line = dict(step=step, epoch=round(step * s.batch_size / len(train.rows), 3), loss=total, **{n: losses[n] for n in names if not towers_only or n == "itc"},
+                            lr=optimizer.param_groups[0]["lr"], grad_norm=norm, images_per_s=seen / (time.time() - since), memory_gb=memory(device))
+                since, seen = time.time(), 0
                 log.write(json.dumps(line) + "\n")
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in line.items() if name != "step")
                 bar.set_postfix_str(shown)
                 if bar.disable:
-                    print(f"step {step}/{s.steps}  {shown}", flush=True)
+                    say(f"step {step}/{s.steps}  {shown}")
                 for name, value in line.items() if board else ():
                     board.add_scalar(name, value, step)
-        bar.update(step - bar.n)
+            bar.update(step - bar.n)
 
-        if step % s.save_every == 0 or step == s.steps or stop:
-            if first:
+            if first and (step % s.save_every == 0 or step == s.steps):
                 held = validate(model, val, s, tokenizer, autocast)
+                check_finite(step, {f"validation's {name}": value for name, value in held.items()}, [], out / "last.pt")
                 log.write(json.dumps({"step": step, "val": held}) + "\n")
                 tqdm.write(f"step {step}  validation: " + "  ".join(f"{name} {value:.4g}" for name, value in held.items()))
                 if "mir" in names:
@@ -623,10 +729,14 @@ def main(args, given, changes):
                     best = goodness(held, s)
                     save(out / "best.pt")
                 save(out / "last.pt")
-            since, seen = time.time(), 0
-        if stop:
-            raise RunError(f"stopped at step {step}; go on with: python train.py --out {out} --resume")
+                since, seen = time.time(), 0
+            if stop and step < s.steps:
+                if first:
+                    save(out / "last.pt")
+                together()  # the others must not leave, and so end this run, before it is saved
+                raise RunError(f"stopped at step {step}; go on with: python train.py --out {out} --resume")
 
+    together()
     say(f"done. {out}: best.pt (chosen on the validation split), last.pt, log.jsonl, samples/\nevaluate it: python eval.py {out}")
     return out, s
 
@@ -640,19 +750,50 @@ def memory(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
 
 
-def tensorboard(out):
+def tensorboard(out, step):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-    return SummaryWriter(out)
+    return SummaryWriter(out, purge_step=step + 1)
+
+
+def together():
+    """Wait for every process."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def leave(error, status=1):
+    """End with one line that says what and where, and under torchrun also who."""
+    tqdm.write(f"train.py{f', process {evaluation.rank()}' if evaluation.world() > 1 else ''}: {error}", file=sys.stderr)
+    sys.exit(status)
+
+
+def outside_cause(error):
+    """What a RuntimeError of torch means to a person, "" where it can only be a mistake in this program."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full; a smaller --micro-batch, or --recompute, may help"
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return "another process of this run has ended, so this one ends too; the other's own message says why"
+    return str(error) if "DataLoader worker" in str(error) else ""
 
 
 if __name__ == "__main__":
     arguments, given, changes = parse()
     try:
         run, settings = main(arguments, given, changes)
-        if settings.preset == "demo" and not settings.data:
-            evaluation.main(evaluation.parse([str(run)]))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if settings.data == TOY:
+            evaluation.main(evaluation.parse([str(run), "--device", arguments.device]))
+    except UsageError as error:
+        leave(error, 2)
     except (RunError, data.DataError, ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        leave(error)
+    except KeyboardInterrupt:
+        leave("interrupted")
+    except RuntimeError as error:
+        if not outside_cause(error):
+            raise
+        leave(outside_cause(error))
