@@ -710,7 +710,7 @@ def evaluate(args, model, tokenizer, run, catalogue):
         check_classes(model, catalogue.rows)  # before hours of reading
     results, figures = {}, {}
     if "retrieval" in tasks:
-        measure_retrieval(args, model, catalogue, results, figures)
+        measure_retrieval(args, model, run, catalogue, results, figures)
     if args.full_gallery:
         results["full_gallery"] = full_gallery(model, catalogue, args.queries, args.best, args.seed, args.batch_size, "full gallery")
     if "recognition" in tasks:
@@ -729,10 +729,11 @@ def check_classes(model, rows):
         true_classes(rows, field, model.labels[field])
 
 
-def measure_retrieval(args, model, catalogue, results, figures):
+def measure_retrieval(args, model, run, catalogue, results, figures):
+    towers = "itc" in run.get("objectives", "itc").split(",")  # without the contrast the towers are untrained
     draws = draw_all(args, catalogue.rows)
     lists = [entry for draw in draws for entry in draw["tir"]]
-    results["retrieval"], scores = retrieval(model, catalogue, draws, args.batch_size, args.best, what="retrieval")
+    results["retrieval"], scores = retrieval(model, catalogue, draws, args.batch_size, args.best, towers, what="retrieval")
     results["candidates"] = {"queries": len(draws[0]["tir"]), "size": len(lists[0]["candidates"]), "draws": len(draws), "lists": len(lists),
                              "filled": filled(catalogue.rows, lists), "best": args.best}
     figures["draws"], figures["retrieval"] = draws, retrieval_figure(catalogue, draws[0], {way: s[0] for way, s in scores.items()})

@@ -23,6 +23,7 @@ Letters: N pictures in an index, E = embed_dim, H and W a picture's sides, L wor
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -63,14 +64,14 @@ def load(path, device="cpu"):
 
 def needs(run, objective):
     """DataError unless the run was trained for this; what a checkpoint does not say is taken to be so."""
-    s, reason = run.settings, ""
+    s = run.settings
+    untrained = f"{run.home}: {SKILLS[objective]} untrained in this run"
     objectives = s.get("objectives", ",".join(SKILLS)).split(",")
     if objective not in objectives:
-        reason = f"its objectives are {','.join(objectives)}, without {objective}"
-    elif "itc" in objectives and objective != "itc" and not s.get("start") and (s["step"] or 0) < s.get("itm_from", 0) * s.get("steps", 0):
-        reason = f"until step {s['itm_from'] * s['steps']:.0f} it trains the towers alone, and {s['checkpoint']} is of step {s['step']}"
-    if reason:
-        raise data.DataError(f"{run.home}: {SKILLS[objective]} untrained in this run: {reason}")
+        raise data.DataError(f"{untrained}: its objectives are {','.join(objectives)}, without {objective}")
+    towers_alone = s.get("itm_from", 0) * s.get("steps", 0) if "itc" in objectives and not s.get("start") else 0
+    if objective != "itc" and (s["step"] or math.inf) <= towers_alone:
+        raise data.DataError(f"{untrained}: up to step {towers_alone:.0f} it trains the towers alone, and {s['checkpoint']} is of step {s['step']}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -275,7 +276,7 @@ def index(run, folder, name=None):
             lines += bad.values()
             bar.update(len(part))
     if not good:
-        raise data.DataError(f"{folder}: holds no picture that can be read" + f" ({lines[0]})" * bool(lines))
+        raise data.DataError(f"{folder}: holds no picture that can be read" + "".join(f" ({line})" for line in lines[:1]))
     with data.whole_file(home / "index.json") as file:
         file.write(json.dumps({"folder": source, "weights": weights, "parts": parts, "items": good}).encode())
     for stale in {*home.glob("*.npz"), *home.glob("*.tmp")} - {home / part for part in parts}:
@@ -307,16 +308,16 @@ def read_file(path):
 def open_index(run, name=None):
     """The run's index of that name; without one, its only index."""
     needs(run, "itc")
-    found = sorted(path.parent for path in run.home.glob(f"index-{name or '*'}/index.json"))
-    if not found:
-        raise data.DataError(f"{run.home}: has no index{f' {name}' if name else ''}; make one with index DIR")
-    if len(found) > 1:
-        names = ", ".join(path.name.removeprefix("index-") for path in found)
-        raise data.DataError(f"{run.home}: has several indexes, choose one by --name: {names}")
-    contents = read_file(found[0] / "index.json")
+    homes = {path.parent.name.removeprefix("index-"): path.parent for path in sorted(run.home.glob("index-*/index.json"))}
+    if not homes or name not in (None, *homes):
+        raise data.DataError(f"{run.home}: has no index{f' {name!r}' if name else ''}; make one with index DIR")
+    if len(homes) > 1 and not name:
+        raise data.DataError(f"{run.home}: has several indexes, choose one by --name: {', '.join(homes)}")
+    home = homes[name] if name else next(iter(homes.values()))
+    contents = read_file(home / "index.json")
     if contents["weights"] != fingerprint(run.model):
-        raise data.DataError(f"{found[0]}: was made with other weights than {run.settings['checkpoint']} has; run index {contents['folder']} again")
-    vectors = np.concatenate([read_file(found[0] / part)["vectors"] for part in contents["parts"]])
+        raise data.DataError(f"{home}: was made with other weights than {run.settings['checkpoint']} has; run index {contents['folder']} again")
+    vectors = np.concatenate([read_file(home / part)["vectors"] for part in contents["parts"]])
     return Index(contents["folder"], contents["items"], torch.from_numpy(vectors))
 
 
@@ -325,7 +326,6 @@ def search(run, query, index, best=20, show=10):
     The pictures of an index (from `open_index`) nearest to a text by the towers, the `best` of them put in order by ITM; or the nearest to
     a picture. Returns up to `show` dicts: image, caption, product_id, "near" (cosine), "match" (match - mismatch logit, None if not read).
     """
-    needs(run, "itm" if best else "itc")
     if is_picture(query):
         vector, best = evaluation.tower_vectors(run.model, open_one(run, query), no_words(run))[0][0].float(), 0
     else:
@@ -477,15 +477,15 @@ def parse(arguments=None):
     return parser.parse_args(arguments)
 
 
-def main(args):
-    args.show_answer(load(args.run, args.device), args)
+def main(arguments=None):
+    args = parse(arguments)
+    try:
+        args.show_answer(load(args.run, args.device), args)
+    except (data.DataError, ValueError, OSError) as error:
+        sys.exit(f"predict.py: {' '.join(str(error).split())}")  # status 1
+    except KeyboardInterrupt:
+        sys.exit("predict.py: stopped" + "; the same command goes on from here" * (args.show_answer is show_index))
 
 
 if __name__ == "__main__":
-    arguments = parse()
-    try:
-        main(arguments)
-    except (data.DataError, ValueError, OSError) as error:
-        sys.exit(f"predict.py: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit("predict.py: stopped" + "; the same command goes on from here" * (arguments.show_answer is show_index))
+    main()

@@ -682,7 +682,7 @@ def main(args, given, changes):
         try:
             mvlt.save(path, model, optimizer=optimizer.state_dict(), step=step, random={"seed": s.seed, "step": step}, run=asdict(s), best=best, rows=read_rows)
         except (OSError, RuntimeError) as error:  # torch hides a full disk behind an error of its own
-            raise RunError(f"step {step}: {path} cannot be written ({error.__context__ or error}); what was saved before is intact") from None
+            raise RunError(f"step {step}: {path} cannot be written, is the disk full? ({error.__context__ or error}); what was saved before is intact") from None
 
     # loop
     log = open(out / "log.jsonl", "a", buffering=1) if first else None
@@ -725,7 +725,7 @@ def main(args, given, changes):
                 tqdm.write(f"step {step}  validation: " + "  ".join(f"{name} {value:.4g}" for name, value in held.items()))
                 if "mir" in names:
                     draw_samples(model, val, s, out / "samples" / f"{step:06d}.png")
-                if goodness(held, s) > best:
+                if step > s.itm_from * s.steps * ("itc" in names) and goodness(held, s) > best:  # from when every objective has been trained
                     best = goodness(held, s)
                     save(out / "best.pt")
                 save(out / "last.pt")
@@ -786,7 +786,8 @@ if __name__ == "__main__":
         if dist.is_initialized():
             dist.destroy_process_group()
         if settings.data == TOY:
-            evaluation.main(evaluation.parse([str(run), "--device", arguments.device]))
+            tasks = "retrieval,recognition,generation"
+            evaluation.main(evaluation.parse([str(run), "--device", arguments.device, "--tasks", tasks, "--queries", "100", "--draws", "2"]))
     except UsageError as error:
         leave(error, 2)
     except (RunError, data.DataError, ValueError, OSError) as error:
