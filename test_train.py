@@ -99,7 +99,7 @@ import data
 quick = data.batch_rows
 def slow(*arguments):
     open(os.environ["PIDS"] + "/" + os.environ.get("RANK", "0"), "w").write(str(os.getpid()))
-    time.sleep(0.25)
+    time.sleep(0.3)
     return quick(*arguments)
 data.batch_rows = slow
 runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")
@@ -193,7 +193,7 @@ def test_a_run_repeats_itself_bit_by_bit(unbroken, shop, tmp_path):
 
 def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bits(unbroken, shop, tmp_path):
     out, reached = tmp_path / "killed", 0
-    for already in (1, 4, 6):  # before the first checkpoint, and twice after one
+    for already in (1, 3, 5):  # before the first checkpoint, and twice after one
         process = script(out, *TINY, *RUN, "--data", shop, "--resume", slow=tmp_path)
         wait_for(lambda: max(steps_of(out), default=0) >= already and process.poll() is None, process)
         time.sleep(random.uniform(0, 0.4))
@@ -367,10 +367,11 @@ def test_sigterm_saves_and_leaves_within_one_step(unbroken, shop, tmp_path):
     process = script(out, *TINY, *RUN, "--data", shop, slow=tmp_path)
     wait_for(lambda: 4 in steps_of(out), process)
     process.terminate()
+    logged = max(steps_of(out))
     status, screen = finish(process)
     step = mvlt.read(out / "last.pt")["step"]
     assert status == 1 and screen.splitlines()[-1] == f"train.py: stopped at step {step}; go on with: python train.py --out {out} --resume"
-    assert step in (5, 6)  # the step it was in, or the next
+    assert logged <= step <= logged + 2 and step < 8  # it was asked in the step after the logged one, or while that one was ending
     assert_bitwise(in_process(out, "--resume", "--device", "cpu"), unbroken)
 
 
@@ -382,10 +383,10 @@ def test_one_of_two_processes_killed_takes_the_other_with_it(shop, tmp_path):
     os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
     status, screen = finish(process)
     assert status != 0 and time.time() - began < 30
-    assert "train.py, process 0: another process of this run has ended" in screen or "Signal 15" in screen
+    assert "train.py, process 0: another process of this run has ended" in screen or "Signal 15" in screen  # torchrun may be quicker
     assert re.search(r"Signal 9 \(SIGKILL\) received by PID", screen) and 'train.py", line' not in screen
     assert not os.path.exists(f"/proc/{(tmp_path / '0').read_text()}")  # nobody is left
-    assert mvlt.read(out / "last.pt")["step"] == 3
+    assert mvlt.read(out / "last.pt")["step"] in (3, 6)
 
 
 def test_a_refusal_under_torchrun_is_one_line_of_each_process(unbroken, tmp_path):
@@ -537,6 +538,7 @@ IMPOSSIBLE = {
     "--w-mir -1": "--w-mir must not be below 0",
     "--batch-size 0": "--batch-size must be above 0, got 0",
     "--micro-batch -4": "--micro-batch must not be below 0",
+    "--shift -1": "--shift must not be below 0",
     "--workers -1": "--workers must not be below 0",
     "--seed -1": "--seed must not be below 0",
     "--seed 99999999999999999999": "--seed must not be below 0 nor absurdly large",
@@ -632,6 +634,37 @@ def test_every_field_is_a_flag_of_its_name(capsys):
         {"bf16": False, "start": "x"}, {"sr_ratios": (8, 4, 2, 1), "attend_padding": True, "dropout": 0.2})
 
 
+# --- Learning ---
+
+
+def test_eight_pairs_are_learnt_by_heart(tmp_path):
+    """All three losses fall to near zero, and every one of the 8 x 8 pairings is judged rightly."""
+    garments = "red coat,green dress,blue jeans,black boots,white shirt,pink skirt,orange hat,purple bag".split(",")
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number, caption in enumerate(garments):
+        picture = Image.new("RGB", (32, 32), "grey")
+        picture.paste(caption.split()[0], (4 + number, 4, 28, 28))
+        picture.save(tmp_path / "images" / f"{number}.png")
+        rows.append(dict(image=f"images/{number}.png", caption=caption, product_id=str(number)))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps({**row, "product_id": "again " + row["product_id"]}) + "\n" for row in rows))
+    still = "--mirror 0 --shift 0 --dropout 0 --drop-path 0 --no-bf16 --objectives mir,itm,mlm --itm-negatives uniform --itm-from 0".split()
+    larger = "--dims 16,32,48,64 --token-dim 64 --text-len 8 --steps 450 --batch-size 64 --lr 2e-3 --final-lr 1e-4 --save-every 1000 --log-every 5".split()
+    run = in_process(tmp_path / "run", *TINY, *still, *larger, "--data", tmp_path)
+
+    last = [line for line in lines_of(run) if "val" not in line][-5:]
+    mean = {name: sum(line[name] for line in last) / len(last) for name in ("mir", "itm", "mlm")}
+    assert mean["mir"] < 0.002 and mean["itm"] < 0.02 and mean["mlm"] < 0.1, mean  # from 0.1, ln 2 and 4
+    model = mvlt.load(run / "last.pt")
+    tokens = data.tokenize(rows, data.Tokenizer(model.vocabulary), 8)
+    images = data.images_to_float(torch.from_numpy(data.load_pictures(tmp_path, rows, 32)[:]).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        _, text = model.encode(images.repeat_interleave(8, dim=0), tokens.repeat(8, 1))
+        judged = model.match(text).argmax(dim=1).view(8, 8)
+    assert torch.equal(judged, torch.eye(8, dtype=torch.int64))
+
+
 # --- Small laws ---
 
 
@@ -652,7 +685,7 @@ def steps_to_plan(draw):
     negatives = draw(st.sampled_from(["uniform", "subcategory", "hard"]))
     s = train.Settings(seed=draw(SEEDS), match_whole=draw(st.booleans()), mask_image_prob=draw(st.floats(0, 1)), mask_unit=8, mask_ratio=draw(st.floats(0, 1)),
                        mask_style=draw(st.sampled_from(mvlt.MASK_STYLES)), itm_negatives=negatives, mask_words=draw(st.sampled_from([0.0, 0.15, 1.0])),
-                       objectives=draw(st.sampled_from(["mir,itm,mlm,itc,cr", "mir,mlm", "itm,itc", "cr"])))
+                       objectives=draw(st.sampled_from(["mir,itm,mlm,itc,cr", "mir,mlm", "itm,itc", "cr"])), drop_caption=draw(st.sampled_from([0.0, 0.2, 1.0])))
     return s, draw(st.integers(0, 1000)), draw(st.integers(1, 40))
 
 
@@ -671,7 +704,10 @@ def test_a_plan_keeps_its_promises(pairs, planned):
     hidden = plan.units.flatten(1).any(dim=1)
     true_words = data.trim(pairs.tokens[rows])
     own = [bool((plan.words[i] == torch.nn.functional.pad(true_words, (0, 99))[i, : plan.words.shape[1]]).all()) for i in range(G)]
-    assert own == plan.matched.tolist()  # a matched pair has its own caption, and no other has it, nor one that says the same
+    bare = (plan.words != 0).sum(dim=1) == 2  # [CLS] [SEP]
+    assert own == (plan.matched & ~bare).tolist()  # a matched pair has its own caption, or none; no other has it, nor one that says the same
+    assert not (bare & (~plan.count_cr | plan.count_itm)).any()  # a pair without its caption is for recognition alone
+    assert not bare.any() if s.drop_caption == 0 or "cr" not in objectives else torch.equal(bare, plan.count_cr) or s.drop_caption < 1
     if "itm" not in objectives:
         assert plan.matched.all()
     elif not s.match_whole:
@@ -684,7 +720,7 @@ def test_a_plan_keeps_its_promises(pairs, planned):
     if s.match_whole:
         assert not hidden[plan.count_itm].any() and torch.equal(plan.tokens[plan.count_itm], plan.words[plan.count_itm])
     else:
-        assert plan.count_itm.all()
+        assert torch.equal(plan.count_itm, ~bare)
     assert not hidden[plan.count_cr].any()
 
 

@@ -84,20 +84,21 @@ class Settings:
     mask_ratio: float = 0.5  # r_v
     mask_unit: int = 16  # alpha P, in pixels
     mask_style: str = "random"
-    mask_image_prob: float = 0.5  # how many of the pictures have anything hidden
+    mask_image_prob: float = 0.4  # how many of the pictures have anything hidden
     mask_words: float = 0.15  # r_l
     match_whole: bool = True  # matching reads only pairs with nothing hidden; False: every caption has hidden words, as the paper
-    itm_negatives: str = "hard"  # uniform (the paper), subcategory, or hard: alike to the towers
-    itm_from: float = 0.3  # share of the steps before matching and the rest join the contrast: towers first
-    hard_from: float = 0.6  # share of the steps before which negatives are uniform: easy before hard
+    itm_negatives: str = "uniform"  # as the paper, or subcategory, or hard: alike to the towers
+    itm_from: float = 0.25  # share of the steps before matching and the rest join the contrast: towers first
+    hard_from: float = 0.7  # share of the steps before which hard negatives are uniform: easy before hard
     modality: str = "both"  # what recognition reads: both, image or text
-    mirror: float = 0.5  # how many pictures are flipped left to right
-    shift: int = 4  # pixels by which each picture is moved at most
+    drop_caption: float = 0.2  # how many of the whole, matched pairs recognition reads without their caption, to know photos that have none
+    mirror: float = 0.0  # how many pictures are flipped left to right
+    shift: int = 2  # pixels by which each picture is moved at most
     epochs: float = 0.0
-    steps: int = 1200  # used when epochs is 0
+    steps: int = 640  # used when epochs is 0
     batch_size: int = 128  # G, over all processes
     micro_batch: int = 0  # the most pairs that one process holds at once; 0: its whole slice
-    lr: float = 1e-3
+    lr: float = 5e-4
     final_lr: float = 1e-5
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 1e-4
@@ -108,15 +109,15 @@ class Settings:
     recompute: bool = False  # activation checkpointing
     workers: int = 0  # loader processes
     log_every: int = 20
-    save_every: int = 200  # also validates and draws samples
+    save_every: int = 160  # also validates and draws samples
     tensorboard: bool = False
 
 
 PAPER = dict(
-    model="tiny", objectives="mir,itm,mlm", match_whole=False, itm_negatives="uniform", itm_from=0.0, mirror=0.0, shift=0,
+    model="tiny", objectives="mir,itm,mlm", mask_image_prob=0.5, match_whole=False, itm_negatives="uniform", itm_from=0.0, mirror=0.0, shift=0,
     vocab_words=30522, epochs=150.0, batch_size=1200, lr=2.5e-3, warmup=5 / 150, workers=4, save_every=1000,
 )  # Sec. 4.1; epochs, warm-up and final learning rate from the authors' code
-PRESETS = {"demo": {}, "paper": PAPER, "plus": dict(PAPER, objectives="mir,itm,mlm,itc", match_whole=True, itm_negatives="hard", itm_from=0.3, mirror=0.5, lr=1e-3)}
+PRESETS = {"demo": {}, "paper": PAPER, "plus": dict(PAPER, objectives="mir,itm,mlm,itc", match_whole=True, itm_negatives="hard", itm_from=0.4, hard_from=0.7, mirror=0.5, shift=3, lr=1e-3)}
 RECOGNISE = dict(objectives="cr", itm_from=0.0, mask_image_prob=0.0, lr=5e-4)
 MAY_CHANGE = {"micro_batch", "workers", "compile", "recompute", "log_every", "save_every", "tensorboard", "data", "init", "start", "vocab"}  # on --resume
 CHOICES = {"task": ("pretrain", "recognise"), "preset": tuple(PRESETS), "model": tuple(mvlt.PRESETS), "fit": ("stretch", "pad"), "mask_style": mvlt.MASK_STYLES,
@@ -175,11 +176,11 @@ def resolve(given, base=None):
     for field in fields(s):
         value = getattr(s, field.name)
         mvlt.require(field.type is not float or math.isfinite(value), flag(field.name), "must be a finite number", value)
-    for name, low, high in (("mask_ratio", 0, 1), ("mask_words", 0, 1), ("mask_image_prob", 0, 1), ("itm_from", 0, 1), ("hard_from", 0, 1), ("mirror", 0, 1), ("warmup", 0, 1)):
+    for name, low, high in (("mask_ratio", 0, 1), ("mask_words", 0, 1), ("mask_image_prob", 0, 1), ("itm_from", 0, 1), ("hard_from", 0, 1), ("mirror", 0, 1), ("drop_caption", 0, 1), ("warmup", 0, 1)):
         mvlt.require(low <= getattr(s, name) <= high, flag(name), f"must lie in [{low}, {high}]", getattr(s, name))
     for name in ("batch_size", "lr", "clip", "log_every", "save_every", "vocab_words"):
         mvlt.require(getattr(s, name) > 0, flag(name), "must be above 0", getattr(s, name))
-    for name in ("w_mir", "w_itm", "w_mlm", "w_itc", "w_cr", "epochs", "micro_batch", "final_lr", "weight_decay", "workers", "seed"):
+    for name in ("w_mir", "w_itm", "w_mlm", "w_itc", "w_cr", "epochs", "shift", "micro_batch", "final_lr", "weight_decay", "workers", "seed"):
         mvlt.require(0 <= getattr(s, name) < 2**63, flag(name), "must not be below 0 nor absurdly large", getattr(s, name))
     mvlt.require(s.epochs > 0 or s.steps > 0, "--steps", "must be above 0 (or give --epochs)", s.steps)
     mvlt.require(not ("steps" in given and given.get("epochs")), "--steps and --epochs", "exclude each other", (s.steps, s.epochs))
@@ -235,7 +236,7 @@ def same_product(pairs, rows):
 
 def plan_step(step, rows, pairs, s, config, tokenizer, hard=None):
     """
-    Half of the pairs get another's caption; pictures and words are hidden. `hard` (G,) holds, for each pair, the place in the batch of the
+    Half of the pairs get another's caption; pictures and words are hidden; some captions are left away, for recognition. `hard` (G,) holds, for each pair, the place in the batch of the
     caption that the towers find alike, -1 for none. MIR and MLM count matched pairs only, and MIR only pictures with something hidden.
     """
     G, objectives, draw = len(rows), s.objectives.split(","), lambda what: data.generator(s.seed, step, what)
@@ -251,7 +252,12 @@ def plan_step(step, rows, pairs, s, config, tokenizer, hard=None):
         if hard is not None:
             other = torch.where(hard >= 0, rows[hard], other)
         caption_rows = torch.where(matched, rows, other)
-    words = data.trim(pairs.tokens[caption_rows])
+    words = pairs.tokens[caption_rows]
+    whole = matched & ~hide_image
+    bare = whole & (torch.rand(G, generator=draw("bare")) < s.drop_caption) if "cr" in objectives and s.modality == "both" else torch.zeros(G, dtype=torch.bool)
+    empty = torch.zeros_like(words[0])
+    empty[:2] = torch.tensor(tokenizer.encode(""))
+    words = data.trim(torch.where(bare[:, None], empty, words))
 
     ratio = s.mask_words if "mlm" in objectives else 0.0
     tokens, where = mvlt.mask_tokens(words, config.vocab_size, tokenizer.mask_id, tokenizer.special_ids, ratio, draw("words"))
@@ -259,7 +265,7 @@ def plan_step(step, rows, pairs, s, config, tokenizer, hard=None):
     size = (config.image_size, config.image_size)
     units = mvlt.draw_units(G, size, s.mask_style, s.mask_ratio, s.mask_unit, draw("units")) & hide_image[:, None, None, None]
     return Plan(tokens=torch.where(hide_words, tokens, words), words=words, where=where & hide_words & matched[:, None], units=units, matched=matched,
-                count_mir=hide_image & matched, count_itm=~hide_image if s.match_whole else torch.ones(G, dtype=torch.bool), count_cr=matched & ~hide_image)
+                count_mir=hide_image & matched, count_itm=~bare & ~(hide_image & s.match_whole), count_cr=whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
