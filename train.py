@@ -99,7 +99,7 @@ class Settings:
     batch_size: int = 128  # G, over all processes
     micro_batch: int = 0  # the most pairs that one process holds at once; 0: its whole slice
     lr: float = 5e-4
-    final_lr: float = 1e-5
+    final_lr: float = 1e-4
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 1e-4
     clip: float = 1.0
@@ -115,7 +115,7 @@ class Settings:
 
 PAPER = dict(
     model="tiny", objectives="mir,itm,mlm", mask_image_prob=0.5, match_whole=False, itm_negatives="uniform", itm_from=0.0, mirror=0.0, shift=0,
-    vocab_words=30522, epochs=150.0, batch_size=1200, lr=2.5e-3, warmup=5 / 150, workers=4, save_every=1000,
+    vocab_words=30522, epochs=150.0, batch_size=1200, lr=2.5e-3, final_lr=1e-5, warmup=5 / 150, workers=4, save_every=1000,
 )  # Sec. 4.1; epochs, warm-up and final learning rate from the authors' code
 PRESETS = {"demo": {}, "paper": PAPER, "plus": dict(PAPER, objectives="mir,itm,mlm,itc", match_whole=True, itm_negatives="hard", itm_from=0.4, hard_from=0.7, mirror=0.5, shift=3, lr=1e-3)}
 RECOGNISE = dict(objectives="cr", itm_from=0.0, mask_image_prob=0.0, lr=5e-4)
@@ -671,6 +671,7 @@ def main(args, given, changes):
         step, best = saved["step"], saved["best"]
         said = f"{out / 'last.pt'}, step {step}"
     if s.compile and device.type == "cuda":
+        torch._dynamo.config.recompile_limit = 64  # the stages share it: four widths, one or two modalities, training and validation
         for stage in model.stages:
             stage.compile(dynamic=True)
 
