@@ -3,7 +3,7 @@ The paper's tables and figures from a trained run (Sec. 3.3 and 4; Tables 2, 5 a
 
     python eval.py runs/1                                      what the run can do, on the test split of its own data
     python eval.py runs/1 --data shop --tasks retrieval        zero-shot TIR and ITR on a folder of your own
-    python eval.py runs/1 --full-gallery                       every product ranked by the towers, the best re-ranked by ITM
+    python eval.py runs/1 --full-gallery                       every product ranked by the towers, the best re-ranked with ITM
     torchrun --nproc_per_node=8 eval.py runs/1                 the same numbers, sooner
 
 It prints the tables beside the paper's and writes RUN/results.json (shares such as R@1 lie in [0, 1]), RUN/candidates.json and
@@ -385,7 +385,7 @@ def tower_vectors(model, pictures, tokens, batch_size=256, what=None):
 def retrieval(model, catalogue, draws, batch_size=256, best=20, towers=True, what=None):
     """
     TIR and ITR over candidate lists: draws is one {"tir": lists, "itr": lists} per draw. By the fusion encoder ("tir", "itr") and, with
-    `towers`, by the towers alone ("tir_towers", ...) and by ITM among the towers' `best` ("tir_reranked", ...).
+    `towers`, by the towers alone ("tir_towers", ...) and by both together among the towers' `best` ("tir_reranked", ...).
     Returns the results and the fusion encoder's scores, {"tir": [(Q, C) per draw], "itr": [...]}.
     """
     pairs = {way: [catalogue.pairs(way, draw[way]) for draw in draws] for way in DIRECTIONS}
@@ -399,8 +399,13 @@ def retrieval(model, catalogue, draws, batch_size=256, best=20, towers=True, wha
         for way in DIRECTIONS:
             near = [(images[pair[..., 0]] * texts[pair[..., 1]]).sum(dim=-1).float() for pair in pairs[way]]
             results[f"{way}_towers"] = mean_and_sd([recalls(best_ranks(n, first_is_right(n))) for n in near])
-            results[f"{way}_reranked"] = mean_and_sd([recalls(reranked(n, s, best)) for n, s in zip(near, scores[way])])
+            results[f"{way}_reranked"] = mean_and_sd([recalls(reranked(n, s + as_logit(model, n), best)) for n, s in zip(near, scores[way])])
     return results, scores
+
+
+def as_logit(model, near):
+    """A cosine of the towers times the learnt scale, as the contrast reads it: it can be added to a match logit, and re-ranks better with it than that alone."""
+    return near * model.log_scale.detach().clamp(max=math.log(100)).exp().cpu()
 
 
 def first_is_right(scores):
@@ -416,7 +421,7 @@ def shortlist(near, right, best):
 
 
 def reranked(near, scores, best):
-    """Ranks when the towers (near) choose the `best` and ITM (scores) orders those; both (Q, C), the truth first."""
+    """Ranks when the towers (near) choose the `best` and other scores order those; both (Q, C), the truth first."""
     right = first_is_right(near)
     short = shortlist(near, right, best)
     return ranks_in_two_steps(best_ranks(near, right), scores.gather(1, short), right.gather(1, short))
@@ -429,7 +434,7 @@ def ranks_in_two_steps(first, scores, right):
 
 def full_gallery(model, catalogue, queries=None, best=20, seed=0, batch_size=256, what=None):
     """
-    Rank every distinct picture for a caption, and every distinct caption for a picture, by the towers; re-rank the `best` by ITM. Right is
+    Rank every distinct picture for a caption, and every distinct caption for a picture, by the towers; re-rank the `best` with ITM. Right is
     whatever belongs to a product of the query's, so any of a picture's captions counts (COCO 5K). `queries`: that many, else all.
     """
     images, texts = tower_vectors(model, catalogue.pictures, catalogue.tokens, batch_size, what and f"{what}, towers")
@@ -441,11 +446,12 @@ def full_gallery(model, catalogue, queries=None, best=20, seed=0, batch_size=256
     results.update(towers_read=len(images) + len(texts), pairs_read=0, pairs_whole=0)  # the cost; pairs_whole: without the towers
     for way, (asking, answering, asking_owner, answering_owner) in sides.items():
         order = torch.randperm(len(asking), generator=data.generator(seed, "gallery", way))[:queries]
-        first, short, right = nearest(asking[order], answering, order, asking_owner, answering_owner, best)
+        first, short, near, right = nearest(asking[order], answering, order, asking_owner, answering_owner, best)
         asked = order[:, None].expand_as(short)
         pairs = torch.stack([short, asked] if way == "tir" else [asked, short], dim=-1).flatten(0, 1)
         scores = pair_scores(model, catalogue.pictures, catalogue.tokens, pairs, batch_size, what and f"{what}, {way}").view(short.shape)
-        results[way], results[f"{way}_towers"] = recalls(ranks_in_two_steps(first, scores, right)), recalls(first)
+        together = scores + as_logit(model, near)
+        results[way], results[f"{way}_towers"] = recalls(ranks_in_two_steps(first, together, right)), recalls(first)
         results["pairs_read"] += len(torch.unique(pairs, dim=0))
         results["pairs_whole"] += len(order) * len(answering)
     return results
@@ -453,7 +459,7 @@ def full_gallery(model, catalogue, queries=None, best=20, seed=0, batch_size=256
 
 def nearest(vectors, gallery, numbers, asking_owner, answering_owner, best, chunk=256):
     """
-    The towers' ranks (Q,), shortlists (Q, best) and which of those are right. Owners are (n, 2) pairs of (number, product): an answer is
+    The towers' ranks (Q,), shortlists (Q, best), their cosines and which of those are right. Owners are (n, 2) pairs of (number, product): an answer is
     right when it shares a product with the query of that number.
     """
     products, answers = defaultdict(list), defaultdict(list)
@@ -468,7 +474,7 @@ def nearest(vectors, gallery, numbers, asking_owner, answering_owner, best, chun
         for i, number in enumerate(asked.tolist()):
             right[i, [answer for product in products[number] for answer in answers[product]]] = True
         short = shortlist(near, right, best)
-        results.append((best_ranks(near, right), short, right.gather(1, short)))
+        results.append((best_ranks(near, right), short, near.gather(1, short), right.gather(1, short)))
     return [torch.cat(parts) for parts in zip(*results)]
 
 
@@ -641,7 +647,7 @@ def parse(arguments=None):
     parser.add_argument("--draws", type=positive, default=5, metavar="N", help="draws of the candidate lists, of seeds seed, seed + 1, ...")
     parser.add_argument("--candidates", metavar="FILE", help="lists to read: a candidates.json, or the authors' folder of pickles")
     parser.add_argument("--full-gallery", action="store_true", help="also rank the whole split by the towers, and re-rank the best by ITM")
-    parser.add_argument("--best", type=positive, default=20, metavar="N", help="how many of the towers' best ITM re-ranks")
+    parser.add_argument("--best", type=positive, default=20, metavar="N", help="how many of the towers' best are re-ranked with ITM")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=positive, default=256, metavar="N")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

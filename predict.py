@@ -323,8 +323,8 @@ def open_index(run, name=None):
 
 def search(run, query, index, best=20, show=10):
     """
-    The pictures of an index (from `open_index`) nearest to a text by the towers, the `best` of them put in order by ITM; or the nearest to
-    a picture. Returns up to `show` dicts: image, caption, product_id, "near" (cosine), "match" (match - mismatch logit, None if not read).
+    The pictures of an index (from `open_index`) nearest to a text by the towers, the `best` of them put in order by towers and ITM together;
+    or the nearest to a picture. Returns up to `show` dicts: image, caption, product_id, "near" (cosine), "match" (match - mismatch logit, None if not read).
     """
     if is_picture(query):
         vector, best = evaluation.tower_vectors(run.model, open_one(run, query), no_words(run))[0][0].float(), 0
@@ -339,7 +339,9 @@ def search(run, query, index, best=20, show=10):
         found.append({"image": image, "caption": caption, "product_id": product, "near": cosine, "match": None})
     if best:
         paths = {os.path.join(index.folder, answer["image"]): answer for answer in found[:best]}
-        found = [{**paths[path], "match": match} for path, match in rank(run, query, list(paths), skip_bad=True)] + found[best:]
+        read = [{**paths[path], "match": match} for path, match in rank(run, query, list(paths), skip_bad=True)]
+        read.sort(key=lambda answer: -(answer["match"] + evaluation.as_logit(run.model, answer["near"]).item()))
+        found = read + found[best:]
     return found[:show]
 
 
@@ -468,7 +470,7 @@ def parse(arguments=None):
             options.add_argument("folder", metavar="DIR")
         if name == "search":
             options.add_argument("query", metavar="TEXT|IMAGE", nargs="?", help="without it: one query a line from the standard input")
-            options.add_argument("--best", type=natural, default=20, metavar="K", help="how many of the towers' best ITM puts in order; 0: none")
+            options.add_argument("--best", type=natural, default=20, metavar="K", help="how many of the towers' best ITM reads too; 0: none")
             options.add_argument("--show", type=evaluation.positive, default=10, metavar="N")
         if name in ("index", "search"):
             options.add_argument("--name", help="of the index (default: the folder's; to search: the only one)")

@@ -434,9 +434,9 @@ def test_weights_that_broke_in_the_last_step_never_reach_a_checkpoint(stopped, t
 
 def test_a_changed_configuration_is_refused_by_name(stopped, tmp_path):
     run = copy_of(stopped, tmp_path)
-    refused = r"--resume: this is another run: mirror \(was 0.5, now 0.0\), lr \(was 0.001, now 0.5\), depths \(was .*, now .*\); start a new one with --from"
+    refused = r"--resume: this is another run: mirror \(was 0.0, now 0.5\), lr \(was 0.0005, now 0.5\), depths \(was .*, now .*\); start a new one with --from"
     with pytest.raises(train.RunError, match=refused):
-        in_process(run, "--resume", "--device", "cpu", "--lr", 0.5, "--mirror", 0, "--depths", "1,1,1,2")
+        in_process(run, "--resume", "--device", "cpu", "--lr", 0.5, "--mirror", 0.5, "--depths", "1,1,1,2")
 
 
 def test_changed_data_are_refused(stopped, shop, tmp_path):
@@ -548,7 +548,7 @@ IMPOSSIBLE = {
     "--save-every 0": "--save-every must be above 0",
     "--objectives mir,colour": "--objectives must name some of mir,itm,mlm,itc,cr",
     "--objectives mir,mir": "--objectives must name some of",
-    "--objectives mir,itm": "--itm-negatives hard needs the towers: add itc to --objectives",
+    "--objectives mir,itm --itm-negatives hard": "--itm-negatives hard needs the towers: add itc to --objectives",
     "--modality image": "--modality must be both, unless --task recognise",
     "--task recognise --objectives mir,cr": "--objectives must be cr alone with --task recognise",
     "--from a --init b": "--from and --init exclude each other",
