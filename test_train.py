@@ -533,7 +533,6 @@ IMPOSSIBLE = {
     "--mirror -1": "--mirror must lie in [0, 1], got -1.0",
     "--lr nan": "--lr must be a finite number, got nan",
     "--lr 0": "--lr must be above 0, got 0.0",
-    "--lr 1e-6": "--final-lr must not be above --lr 1e-06, got 1e-05",
     "--clip inf": "--clip must be a finite number, got inf",
     "--w-mir -1": "--w-mir must not be below 0",
     "--batch-size 0": "--batch-size must be above 0, got 0",

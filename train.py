@@ -187,7 +187,6 @@ def resolve(given, base=None):
     mvlt.require(not (s.start and s.init), "--from and --init", "exclude each other", (s.start, s.init))
     mvlt.require(not (s.start and "model" in given), "--from", "brings its own shape, --model", s.model)
     mvlt.require(not (s.start and s.vocab), "--from", "brings its own words, --vocab", s.vocab)
-    mvlt.require(s.final_lr <= s.lr, "--final-lr", f"must not be above --lr {s.lr}", s.final_lr)
     chosen = s.objectives.split(",")
     mvlt.require(len(set(chosen)) == len(chosen) and set(chosen) <= set(OBJECTIVES), "--objectives", f"must name some of {','.join(OBJECTIVES)}", s.objectives)
     mvlt.require(s.itm_negatives != "hard" or "itm" not in chosen or "itc" in chosen, "--itm-negatives hard", "needs the towers: add itc to --objectives", s.objectives)
@@ -383,12 +382,13 @@ def sum_over_processes(model, totals, names, stop):
 
 
 def learning_rate(step, s):
-    """Linear warm-up, then a cosine from lr to final_lr."""
+    """Linear warm-up, then a cosine from lr to final_lr (or to lr, where that is less)."""
     warm = s.warmup * s.steps
     if step < warm:
         return s.lr * (step + 1) / math.ceil(warm)
     progress = (step - warm) / max(1, s.steps - warm)
-    return s.final_lr + (s.lr - s.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    last = min(s.final_lr, s.lr)
+    return last + (s.lr - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -636,6 +636,8 @@ def main(args, given, changes):
     saved = read_last(out / "last.pt") if resumes else None
     with usage():
         s = resolve(given, saved and saved["run"])
+        if not (saved or s.start or s.init):
+            mvlt.Config.preset(s.model, **changes)  # refuses an impossible one now, not after the data are read
     if saved:
         changes = {**{name: value for name, value in saved["config"].items() if name not in OF_THE_DATA}, **changes}
     lock = open_folder(out) if first else None
