@@ -84,8 +84,8 @@ class Config:
 
 
 PRESETS = {
-    "nano": dict(dims=(32, 64, 160, 256), sr_ratios=(4, 2, 1, 1), token_dim=256, image_size=64, text_len=48),  # ours, for a laptop: a
-    # quarter of the pixels, so half the reduction; with PVT's 8/4/2/1 four patches among forty words are all that [CLS] sees of a picture
+    "nano": dict(dims=(32, 64, 160, 256), sr_ratios=(4, 2, 1, 1), token_dim=256, image_size=64, text_len=48),  # ours, for a
+    # laptop: PVT's reductions halved, which at 64 px leaves sixteen patches as keys in stages 1 to 3, and not four, among up to 48 words
     "tiny": dict(),
     "small": dict(depths=(3, 4, 6, 3)),
     "medium": dict(depths=(3, 4, 18, 3)),
