@@ -823,8 +823,9 @@ def tokenize(rows, tokenizer, length):
 
 
 def trim(tokens):
-    """Cut off the columns that are padding in every row."""
-    return tokens[:, :int((tokens != 0).any(dim=0).sum())]
+    """Cut off the last columns, those that are padding in every row. (A [PAD] written in a caption is a 0 with words behind it.)"""
+    used = (tokens != 0).any(dim=0).nonzero()
+    return tokens[:, : int(used.max()) + 1 if len(used) else 0]
 
 
 # --- Batches: the same for any number of processes and loaders, and after any interruption ---

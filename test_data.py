@@ -847,3 +847,24 @@ def test_exit_statuses_and_one_line_errors(folder):
     assert shell("check", folder / "none") == (1, f"data.py: {folder}/none: no such folder\n")
     code, told = shell("check", folder, "--size", 3)
     assert code == 2 and "unrecognized arguments: --size 3" in told
+
+
+# --- Moved pictures, and captions cut ---
+
+
+@given(shift=st.integers(0, 4), side=st.integers(1, 6), seed=st.integers(0, 2**31))
+def test_a_moved_picture_is_the_picture_seen_through_a_moved_window(shift, side, seed):
+    draw = np.random.default_rng(seed)
+    images, moves = draw.integers(0, 256, (3, side, side, 3), dtype=np.uint8), draw.integers(0, 2 * shift + 1, (3, 2)).tolist()
+    found = data.moved(images, shift, moves)
+    inside = lambda place: min(max(place, 0), side - 1)  # beyond the border, the border's pixels
+    for image, (down, right), got in zip(images, moves, found):
+        for y in range(side):
+            for x in range(side):
+                assert (got[y, x] == image[inside(y + down - shift), inside(x + right - shift)]).all()
+
+
+def test_trim_keeps_the_last_word_behind_a_padding_word_written_in_the_caption():
+    tokens = torch.tensor([[2, 7, 0, 8, 3, 0, 0], [2, 9, 0, 3, 0, 0, 0]])
+    assert data.trim(tokens).tolist() == tokens[:, :5].tolist()
+    assert data.trim(torch.zeros(2, 4, dtype=torch.int64)).shape == (2, 0)
