@@ -196,6 +196,17 @@ def test_each_side_attends_to_the_other(seed, lengths):
     assert all((a - b).abs().max() > 1e-6 for a, b in zip(visual + text, alone + unseen))
 
 
+@given(seed=SEEDS)
+def test_fresh_weights_see_pixels_around_mid_grey(seed):
+    """Black and white lie four times PyTorch's default either side of mid-grey, so brightness outlives the LayerNorm that follows."""
+    torch.manual_seed(seed)
+    look, bound = MVLT(SMALL).stages[0].embed_image, 1 / math.sqrt(3 * SMALL.patch_size**2)  # of PyTorch's default weights and biases
+    black, grey, white = (look(torch.full((1, 3, 4, 4), value)).flatten() for value in (0.0, 0.5, 1.0))
+    assert grey.abs().max() <= bound + 1e-5  # the bias alone
+    torch.testing.assert_close(white - grey, grey - black)
+    assert 3 * bound < look.weight.abs().max() <= 4 * bound + 1e-6
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Padding, neighbours, evaluation mode
 
