@@ -853,6 +853,18 @@ def batch_rows(step, batch_size, n, seed):
     return torch.cat([epoch_order(n, seed, epoch)[max(start - epoch * n, 0):stop - epoch * n] for epoch in epochs])
 
 
+def alike_rows(step, batch_size, groups, seed, window):
+    """
+    The rows of global batch `step` when batches are filled group by group, (batch_size,) int64: what `batch_rows` gives for `window` steps
+    in a row, sorted by group and dealt out in batches, which come in a random order. So a window reads the same rows, among their like.
+    """
+    first = step // window * window
+    rows = torch.cat([batch_rows(first + i, batch_size, len(groups), seed) for i in range(window)])
+    rows = rows[groups[rows].argsort(stable=True)]
+    order = torch.randperm(window, generator=generator(seed, first, "alike"))
+    return rows.split(batch_size)[order[step - first]]
+
+
 def draw_negatives(rows, products, captions, generator, groups=None):
     """
     Draw for each row another one of the catalogue, whose product and caption both differ, each such row equally likely.
@@ -889,19 +901,22 @@ class Batches:
     The pictures of the global batches from `start` up to `stop`, in order, loaded by `workers` processes. Yields dicts of
     "step", "rows" (G,) int64 (the whole global batch), "slice" (lo, hi) (this process's share of it) and
     "images" (g, 3, H, W) uint8 of rows[lo:hi], each mirrored with probability `mirror` and moved by up to `shift` pixels either way.
+    rows_of: step -> the rows of its global batch; the epochs laid end to end, `batch_rows`, unless told other.
     """
 
-    def __init__(self, pictures, batch_size, seed, start, stop, rank=0, world=1, mirror=0.0, shift=0, workers=0):
+    def __init__(self, pictures, batch_size, seed, start, stop, rank=0, world=1, mirror=0.0, shift=0, workers=0, rows_of=None):
         self.pictures, self.batch_size, self.seed, self.mirror, self.shift = pictures, batch_size, seed, mirror, shift
         self.steps, self.workers = range(start, stop), workers
+        self.rows_of = rows_of or functools.partial(batch_rows, batch_size=batch_size, n=len(pictures), seed=seed)
         self.slice = (batch_size * rank // world, batch_size * (rank + 1) // world)
 
     def __len__(self):
         return len(self.steps)
 
     def __getitem__(self, step):
-        rows, (lo, hi) = batch_rows(step, self.batch_size, len(self.pictures), self.seed), self.slice
-        images = torch.from_numpy(self.pictures[rows[lo:hi].numpy()]).permute(0, 3, 1, 2)  # (g, 3, H, W); in memory still (g, H, W, 3)
+        rows, (lo, hi) = self.rows_of(step), self.slice
+        moves = torch.randint(2 * self.shift + 1, (len(rows), 2), generator=generator(self.seed, step, "shift"))[lo:hi]
+        images = torch.from_numpy(moved(self.pictures[rows[lo:hi].numpy()], self.shift, moves.tolist())).permute(0, 3, 1, 2)  # (g, 3, H, W); in memory still (g, H, W, 3)
         flip = torch.rand(len(rows), generator=generator(self.seed, step, "mirror"))[lo:hi] < self.mirror
         images[flip] = images[flip].flip(-1)
         return {"step": step, "rows": rows, "slice": (lo, hi), "images": images}

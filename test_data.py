@@ -719,6 +719,25 @@ def test_batches_are_the_epochs_laid_end_to_end(n, batch_size, steps, seed):
         assert part.min() >= 0 and part.max() < n
 
 
+@LAW
+@given(n=st.integers(1, 30), batch_size=st.integers(1, 10), window=st.integers(1, 5), kinds=st.integers(1, 4), first=st.integers(0, 3), seed=SEEDS)
+def test_a_window_of_alike_batches_holds_the_same_rows_kind_by_kind(n, batch_size, window, kinds, first, seed):
+    groups = torch.randint(-1, kinds, (n,), generator=data.generator(seed))
+    steps = range(first * window, (first + 1) * window)
+    alike = [data.alike_rows(step, batch_size, groups, seed, window) for step in steps]
+    usual = [data.batch_rows(step, batch_size, n, seed) for step in steps]
+    assert all(len(rows) == batch_size for rows in alike)
+    assert sorted(torch.cat(alike).tolist()) == sorted(torch.cat(usual).tolist())
+    lowest_first = sorted(([int(group) for group in groups[rows]] for rows in alike), key=lambda kinds: (min(kinds), max(kinds)))
+    assert sum(lowest_first, []) == sorted(groups[torch.cat(usual)].tolist())  # laid side by side in order, the batches are the sorted window
+
+
+def test_alike_batches_come_in_a_random_order():
+    groups = torch.arange(64) // 8
+    orders = {tuple(int(groups[data.alike_rows(step, 8, groups, seed, 8)][0]) for step in range(8)) for seed in range(5)}
+    assert len(orders) == 5 and all(sorted(order) == list(range(8)) for order in orders)
+
+
 def test_epochs_and_seeds_differ_in_their_order():
     orders = {tuple(data.epoch_order(50, seed, epoch).tolist()) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
@@ -735,9 +754,9 @@ def test_equal_keys_give_equal_randomness_and_other_keys_other(key, other):
 PIXELS = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 3), np.uint8)
 
 
-def images_of(world, workers=0, start=0, stop=5, mirror=0.5):
+def images_of(world, workers=0, start=0, stop=5, mirror=0.5, shift=0):
     """The images of each global batch, put together from the shares of `world` processes."""
-    shares = [list(data.Batches(PIXELS, 7, 3, start, stop, rank, world, mirror=mirror, workers=workers)) for rank in range(world)]
+    shares = [list(data.Batches(PIXELS, 7, 3, start, stop, rank, world, mirror=mirror, shift=shift, workers=workers)) for rank in range(world)]
     for step, batches in zip(range(start, stop), zip(*shares)):
         assert all(batch["step"] == step and (batch["rows"] == data.batch_rows(step, 7, 23, 3)).all() for batch in batches)
         bounds = [batch["slice"] for batch in batches]
@@ -765,6 +784,20 @@ def test_mirror_turns_that_share_of_the_pictures_and_nothing_else():
     kept, flipped = (turned == plain).flatten(1).all(1), (turned == plain.flip(-1)).flatten(1).all(1)
     assert (kept ^ flipped).all() and 0.2 < flipped.float().mean() < 0.4
     assert (images_of(1, mirror=1.0).flip(-1) == images_of(1, mirror=0.0)).all()
+
+
+def test_batches_move_each_picture_by_its_own_amount_and_no_further_than_asked():
+    """Every picture of a batch is one of the (2 shift + 1)^2 moved versions of its own row, each of which turns up."""
+    for shift in (0, 1, 2):
+        amounts = [(y, x) for y in range(2 * shift + 1) for x in range(2 * shift + 1)]
+        versions = np.stack([data.moved(PIXELS, shift, [amount] * len(PIXELS)) for amount in amounts])  # (amounts, n, H, W, 3)
+        found = set()
+        for batch in data.Batches(PIXELS, 7, 3, 0, 60, shift=shift):
+            for row, image in zip(batch["rows"].tolist(), batch["images"].permute(0, 2, 3, 1).numpy()):
+                (which,) = np.nonzero((versions[:, row] == image).all(axis=(1, 2, 3)))[0].tolist()
+                found.add(amounts[which])
+        assert found == set(amounts)
+    assert (images_of(3, shift=2) == images_of(1, shift=2)).all() and (images_of(1, start=3, shift=2) == images_of(1, shift=2)[3:]).all()
 
 
 def test_loading_leaves_the_global_randomness_alone():

@@ -40,7 +40,7 @@ torch.set_num_threads(1)  # as in the other processes: the number of threads cha
 
 TINY = """--device cpu --image-size 32 --mask-unit 8 --sr-ratios 4,2,1,1 --dims 8,16,24,32 --heads 1,2,3,4 --mlp-ratios 2,2,2,2 --depths 1,1,1,1
           --token-dim 32 --embed-dim 16 --text-len 24 --vocab-words 200""".split()
-RUN = "--steps 8 --batch-size 12 --log-every 1 --save-every 3 --itm-from 0.25 --hard-from 0.5".split()  # all five objectives, dropout, hard negatives
+RUN = "--steps 8 --batch-size 12 --log-every 1 --save-every 3 --itm-from 0.25 --hard-from 0.5 --itm-negatives hard --alike 2 --mirror 0.5 --shift 1".split()  # all five objectives, dropout, hard negatives
 EXACT = "--no-bf16 --dropout 0 --drop-path 0".split()  # where only the order of a sum may differ
 
 
@@ -434,9 +434,9 @@ def test_weights_that_broke_in_the_last_step_never_reach_a_checkpoint(stopped, t
 
 def test_a_changed_configuration_is_refused_by_name(stopped, tmp_path):
     run = copy_of(stopped, tmp_path)
-    refused = r"--resume: this is another run: mirror \(was 0.0, now 0.5\), lr \(was 0.0005, now 0.5\), depths \(was .*, now .*\); start a new one with --from"
+    refused = r"--resume: this is another run: mirror \(was 0.5, now 0.25\), lr \(was 0.0005, now 0.5\), depths \(was .*, now .*\); start a new one with --from"
     with pytest.raises(train.RunError, match=refused):
-        in_process(run, "--resume", "--device", "cpu", "--lr", 0.5, "--mirror", 0.5, "--depths", "1,1,1,2")
+        in_process(run, "--resume", "--device", "cpu", "--lr", 0.5, "--mirror", 0.25, "--depths", "1,1,1,2")
 
 
 def test_changed_data_are_refused(stopped, shop, tmp_path):
@@ -649,7 +649,7 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "val.jsonl").write_text("".join(json.dumps({**row, "product_id": "again " + row["product_id"]}) + "\n" for row in rows))
     still = "--mirror 0 --shift 0 --dropout 0 --drop-path 0 --no-bf16 --objectives mir,itm,mlm --itm-negatives uniform --itm-from 0".split()
-    larger = "--dims 16,32,48,64 --token-dim 64 --text-len 8 --steps 450 --batch-size 64 --lr 2e-3 --final-lr 1e-4 --save-every 1000 --log-every 5".split()
+    larger = "--dims 16,32,48,64 --token-dim 64 --text-len 8 --steps 500 --batch-size 64 --lr 2e-3 --final-lr 1e-5 --save-every 1000 --log-every 5".split()
     run = in_process(tmp_path / "run", *TINY, *still, *larger, "--data", tmp_path)
 
     last = [line for line in lines_of(run) if "val" not in line][-5:]
@@ -737,6 +737,14 @@ def test_a_mismatched_pair_shares_neither_product_nor_caption(pairs, seed, G, st
     wrong = ~plan.matched
     assert torch.equal(other[plan.matched], rows[plan.matched])
     assert not (few.products[other] == few.products[rows])[wrong].any() and not (few.captions[other] == few.captions[rows])[wrong].any()
+
+
+def test_batches_of_alike_products_come_when_hard_negatives_come(pairs):
+    s, n = train.Settings(alike=3, steps=12, hard_from=0.5, batch_size=7), len(pairs.rows)
+    for step in range(12):
+        rows = train.rows_of_step(step, pairs, s)
+        assert torch.equal(rows, data.alike_rows(step, 7, pairs.groups, s.seed, 3) if step >= 6 else data.batch_rows(step, 7, n, s.seed))
+        assert torch.equal(train.rows_of_step(step, pairs, replace(s, alike=1)), data.batch_rows(step, 7, n, s.seed))
 
 
 def test_a_hard_negative_takes_the_place_of_the_drawn_one(pairs):

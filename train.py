@@ -13,6 +13,7 @@ Every field of `Settings` and of `mvlt.Config` is a flag of its own name.
 """
 import argparse
 import fcntl
+import functools
 import json
 import math
 import os
@@ -90,6 +91,7 @@ class Settings:
     itm_negatives: str = "uniform"  # as the paper, or subcategory, or hard: alike to the towers
     itm_from: float = 0.25  # share of the steps before matching and the rest join the contrast: towers first
     hard_from: float = 0.7  # share of the steps before which hard negatives are uniform: easy before hard
+    alike: int = 1  # from hard_from on, so many batches in a row are filled sub-category by sub-category: the contrast's negatives are hard, too
     modality: str = "both"  # what recognition reads: both, image or text
     drop_caption: float = 0.2  # how many of the whole, matched pairs recognition reads without their caption, to know photos that have none
     mirror: float = 0.0  # how many pictures are flipped left to right
@@ -117,7 +119,7 @@ PAPER = dict(
     model="tiny", objectives="mir,itm,mlm", mask_image_prob=0.5, match_whole=False, itm_negatives="uniform", itm_from=0.0, mirror=0.0, shift=0,
     vocab_words=30522, epochs=150.0, batch_size=1200, lr=2.5e-3, final_lr=1e-5, warmup=5 / 150, workers=4, save_every=1000,
 )  # Sec. 4.1; epochs, warm-up and final learning rate from the authors' code
-PRESETS = {"demo": {}, "paper": PAPER, "plus": dict(PAPER, objectives="mir,itm,mlm,itc", match_whole=True, itm_negatives="hard", itm_from=0.4, hard_from=0.7, mirror=0.5, shift=3, lr=1e-3)}
+PRESETS = {"demo": {}, "paper": PAPER, "plus": dict(PAPER, objectives="mir,itm,mlm,itc", match_whole=True, itm_negatives="hard", itm_from=0.4, hard_from=0.7, alike=8, mirror=0.5, shift=3, lr=1e-3)}
 RECOGNISE = dict(objectives="cr", itm_from=0.0, mask_image_prob=0.0, lr=5e-4)
 MAY_CHANGE = {"micro_batch", "workers", "compile", "recompute", "log_every", "save_every", "tensorboard", "data", "init", "start", "vocab"}  # on --resume
 CHOICES = {"task": ("pretrain", "recognise"), "preset": tuple(PRESETS), "model": tuple(mvlt.PRESETS), "fit": ("stretch", "pad"), "mask_style": mvlt.MASK_STYLES,
@@ -178,7 +180,7 @@ def resolve(given, base=None):
         mvlt.require(field.type is not float or math.isfinite(value), flag(field.name), "must be a finite number", value)
     for name, low, high in (("mask_ratio", 0, 1), ("mask_words", 0, 1), ("mask_image_prob", 0, 1), ("itm_from", 0, 1), ("hard_from", 0, 1), ("mirror", 0, 1), ("drop_caption", 0, 1), ("warmup", 0, 1)):
         mvlt.require(low <= getattr(s, name) <= high, flag(name), f"must lie in [{low}, {high}]", getattr(s, name))
-    for name in ("batch_size", "lr", "clip", "log_every", "save_every", "vocab_words"):
+    for name in ("batch_size", "alike", "lr", "clip", "log_every", "save_every", "vocab_words"):
         mvlt.require(getattr(s, name) > 0, flag(name), "must be above 0", getattr(s, name))
     for name in ("w_mir", "w_itm", "w_mlm", "w_itc", "w_cr", "epochs", "shift", "micro_batch", "final_lr", "weight_decay", "workers", "seed"):
         mvlt.require(0 <= getattr(s, name) < 2**63, flag(name), "must not be below 0 nor absurdly large", getattr(s, name))
@@ -225,6 +227,13 @@ class Plan(NamedTuple):
     count_mir: torch.Tensor  # (G,) which pairs each loss counts
     count_itm: torch.Tensor
     count_cr: torch.Tensor
+
+
+def rows_of_step(step, pairs, s):
+    """The rows of a global batch: among their like where that is asked for, else as the epochs bring them."""
+    if s.alike > 1 and step >= s.hard_from * s.steps:
+        return data.alike_rows(step, s.batch_size, pairs.groups, s.seed, s.alike)
+    return data.batch_rows(step, s.batch_size, len(pairs.rows), s.seed)
 
 
 def same_product(pairs, rows):
@@ -551,6 +560,49 @@ def cut_log(path, step):
         file.write("".join(line + "\n" for line in kept).encode())
 
 
+class Log:
+    """What a run tells while it goes on: log.jsonl, a progress bar (lines, where there is no terminal), and TensorBoard where it is asked for."""
+
+    def __init__(self, out, step, s):
+        cut_log(out / "log.jsonl", step)
+        self.file = open(out / "log.jsonl", "a", buffering=1)
+        self.board = tensorboard(out, step) if s.tensorboard else None
+        self.bar = tqdm(total=s.steps, initial=step, unit="step", disable=None)
+        self.s = s
+        self.start_clock()
+
+    def start_clock(self):
+        self.since, self.seen = time.time(), 0
+
+    def count(self, step):
+        self.seen += self.s.batch_size
+        self.bar.update(step - self.bar.n)
+
+    def losses(self, step, epoch, losses, **more):
+        total = mvlt.total_loss(losses, {name: getattr(self.s, f"w_{name}") for name in OBJECTIVES})
+        line = dict(step=step, epoch=round(epoch, 3), loss=total, **losses, **more, images_per_s=self.seen / (time.time() - self.since))
+        self.file.write(json.dumps(line) + "\n")
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in line.items() if name != "step")
+        self.bar.set_postfix_str(shown)
+        if self.bar.disable:
+            print(f"step {step}/{self.s.steps}  {shown}", flush=True)
+        for name, value in line.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
+        self.start_clock()
+
+    def validation(self, step, held):
+        self.file.write(json.dumps({"step": step, "val": held}) + "\n")
+        tqdm.write(f"step {step}  validation: " + "  ".join(f"{name} {value:.4g}" for name, value in held.items()))
+
+
+def tensorboard(out, step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    return SummaryWriter(out, purge_step=step + 1)
+
+
 @contextmanager
 def asked_to_stop():
     """A list that SIGTERM and Ctrl-C fill, instead of ending the process in the middle of something."""
@@ -684,8 +736,7 @@ def main(args, given, changes):
     if first:
         (out / "config.json").write_text(json.dumps({"run": asdict(s), "config": asdict(config)}, indent=1))
         tokenizer.save(out / "vocab.txt")
-        cut_log(out / "log.jsonl", step)
-    board = tensorboard(out, step) if s.tensorboard and first else None
+        log = Log(out, step, s)
 
     def save(path):
         try:
@@ -694,12 +745,11 @@ def main(args, given, changes):
             raise RunError(f"step {step}: {path} cannot be written, is the disk full? ({error.__context__ or error}); what was saved before is intact") from None
 
     # loop
-    log = open(out / "log.jsonl", "a", buffering=1) if first else None
-    bar = tqdm(total=s.steps, initial=step, unit="step", disable=None if first else True)
-    since, seen, names = time.time(), 0, s.objectives.split(",")
+    names, rows_of = s.objectives.split(","), functools.partial(rows_of_step, pairs=train, s=s)
+    batches = data.Batches(train.pictures, s.batch_size, s.seed, step, s.steps, evaluation.rank(), evaluation.world(), s.mirror, s.shift, s.workers, rows_of)
     model.train()
     with asked_to_stop() as asked:
-        for batch in data.Batches(train.pictures, s.batch_size, s.seed, step, s.steps, evaluation.rank(), evaluation.world(), s.mirror, s.shift, s.workers):
+        for batch in batches:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, s)
             towers_only = names == ["itc"] or "itc" in names and step < s.itm_from * s.steps
@@ -711,34 +761,23 @@ def main(args, given, changes):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            seen += s.batch_size
 
+            if first:
+                log.count(step)
             if first and (step % s.log_every == 0 or step == s.steps):
-                total = mvlt.total_loss(losses, {name: getattr(s, f"w_{name}") for name in OBJECTIVES})
-                line = dict(step=step, epoch=round(step * s.batch_size / len(train.rows), 3), loss=total, **{n: losses[n] for n in names if not towers_only or n == "itc"},
-                            lr=optimizer.param_groups[0]["lr"], grad_norm=norm, images_per_s=seen / (time.time() - since), memory_gb=memory(device))
-                since, seen = time.time(), 0
-                log.write(json.dumps(line) + "\n")
-                shown = "  ".join(f"{name} {value:.4g}" for name, value in line.items() if name != "step")
-                bar.set_postfix_str(shown)
-                if bar.disable:
-                    say(f"step {step}/{s.steps}  {shown}")
-                for name, value in line.items() if board else ():
-                    board.add_scalar(name, value, step)
-            bar.update(step - bar.n)
-
+                log.losses(step, step * s.batch_size / len(train.rows), {n: losses[n] for n in names if not towers_only or n == "itc"},
+                           lr=optimizer.param_groups[0]["lr"], grad_norm=norm, memory_gb=memory(device))
             if first and (step % s.save_every == 0 or step == s.steps):
                 held = validate(model, val, s, tokenizer, autocast)
                 check_finite(step, {f"validation's {name}": value for name, value in held.items()}, [], out / "last.pt")
-                log.write(json.dumps({"step": step, "val": held}) + "\n")
-                tqdm.write(f"step {step}  validation: " + "  ".join(f"{name} {value:.4g}" for name, value in held.items()))
+                log.validation(step, held)
                 if "mir" in names:
                     draw_samples(model, val, s, out / "samples" / f"{step:06d}.png")
                 if step > s.itm_from * s.steps * ("itc" in names) and goodness(held, s) > best:  # from when every objective has been trained
                     best = goodness(held, s)
                     save(out / "best.pt")
                 save(out / "last.pt")
-                since, seen = time.time(), 0
+                log.start_clock()
             if stop and step < s.steps:
                 if first:
                     save(out / "last.pt")
@@ -757,14 +796,6 @@ def memory(device):
     import resource
 
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
-
-
-def tensorboard(out, step):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-    return SummaryWriter(out, purge_step=step + 1)
 
 
 def together():
