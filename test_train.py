@@ -664,6 +664,53 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path):
     assert torch.equal(judged, torch.eye(8, dtype=torch.int64))
 
 
+# --- Settings do what they say ---
+
+OF_THE_RECIPE = """--w-mir 1 | --w-itm 2 | --w-mlm 2 | --w-itc 2 | --w-cr 2 | --mask-ratio 0.2 | --mask-unit 16 | --mask-style grid | --mask-image-prob 0.9 | --mask-words 0.9
+    | --no-match-whole | --itm-negatives uniform | --itm-negatives subcategory | --itm-from 0 | --hard-from 1 | --alike 1 | --drop-caption 1 | --mirror 0 | --shift 0 | --lr 1e-3
+    | --final-lr 4e-4 | --warmup 1 | --weight-decay 1 | --clip 0.01 | --seed 1 | --batch-size 13 | --objectives mir,itm,mlm,itc | --no-bf16 | --dropout 0.5 | --drop-path 0.5
+    | --steps 5 | --vocab-words 300 | --fit pad"""
+OF_THE_MACHINE = "--log-every 3 | --save-every 2 | --workers 1 | --no-compile"
+SHORT = "--steps 4 --itm-from 0.25 --hard-from 0.5 --log-every 1 --save-every 100 --mask-image-prob 0.5".split()
+
+
+def each(flags):
+    return [flag.split() for flag in flags.split("|")]
+
+
+@pytest.fixture(scope="module")
+def oblong(shop, tmp_path_factory):
+    """The shop with pictures that are not square, so that --fit has a say."""
+    folder = tmp_path_factory.mktemp("data") / "oblong"
+    shutil.copytree(shop, folder)
+    for path in (folder / "images").iterdir():
+        with Image.open(path) as picture:
+            wide = picture.resize((40, 32))
+        wide.save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short(oblong, tmp_path_factory):
+    return in_process(tmp_path_factory.mktemp("runs") / "short", *TINY, *RUN, *SHORT, "--data", oblong)
+
+
+def weights_of(run):
+    return mvlt.read(run / "last.pt")["model"]
+
+
+@pytest.mark.parametrize("flag", each(OF_THE_RECIPE), ids="".join)
+def test_every_setting_of_the_recipe_changes_what_is_learnt(short, oblong, tmp_path, flag):
+    before, after = weights_of(short), weights_of(in_process(tmp_path / "run", *TINY, *RUN, *SHORT, *flag, "--data", oblong))
+    assert any(after[name].shape != value.shape or not torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("flag", each(OF_THE_MACHINE), ids="".join)
+def test_no_setting_of_the_machine_does(short, oblong, tmp_path, flag):
+    before, after = weights_of(short), weights_of(in_process(tmp_path / "run", *TINY, *RUN, *SHORT, *flag, "--data", oblong))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 # --- Small laws ---
 
 
