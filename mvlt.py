@@ -334,9 +334,7 @@ class MVLT(nn.Module):
         self.image_tower, self.text_tower = Tower(c), Tower(c)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # the contrast's learnt temperature, as CLIP
         self.apply(initialise)
-        with torch.no_grad():  # fresh weights see pixels as 4 (x - 1/2), about centred: otherwise Eq. 2's LayerNorm hides at first how bright a patch is
-            self.stages[0].embed_image.weight *= 4
-            self.stages[0].embed_image.bias -= self.stages[0].embed_image.weight.sum((1, 2, 3)) / 2
+        centre_pixels(self.stages[0].embed_image)
 
     def encode(self, images, tokens):
         """
@@ -397,6 +395,13 @@ def initialise(module):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
         elif isinstance(module, nn.Linear):
             nn.init.zeros_(parameter)
+
+
+@torch.no_grad()
+def centre_pixels(embed_image):
+    """Let fresh weights see a pixel x as 4 (x - 1/2): otherwise the LayerNorm after Eq. 2 at first hides how bright a patch is."""
+    embed_image.weight *= 4
+    embed_image.bias -= embed_image.weight.sum((1, 2, 3)) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

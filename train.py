@@ -119,7 +119,10 @@ PAPER = dict(
     model="tiny", objectives="mir,itm,mlm", mask_image_prob=0.5, match_whole=False, itm_negatives="uniform", itm_from=0.0, mirror=0.0, shift=0,
     vocab_words=30522, epochs=150.0, batch_size=1200, lr=2.5e-3, final_lr=1e-5, warmup=5 / 150, workers=4, save_every=1000,
 )  # Sec. 4.1; epochs, warm-up and final learning rate from the authors' code
-PRESETS = {"demo": {}, "paper": PAPER, "plus": dict(PAPER, objectives="mir,itm,mlm,itc", match_whole=True, itm_negatives="hard", itm_from=0.4, hard_from=0.7, alike=8, mirror=0.5, shift=3, lr=1e-3)}
+PLUS = dict(
+    PAPER, objectives="mir,itm,mlm,itc", match_whole=True, itm_negatives="hard", itm_from=0.5, hard_from=0.6, alike=8, mirror=0.5, shift=3, lr=1e-3,
+)  # twin towers, and negatives that are hard
+PRESETS = {"demo": {}, "paper": PAPER, "plus": PLUS}
 RECOGNISE = dict(objectives="cr", itm_from=0.0, mask_image_prob=0.0, lr=5e-4)
 MAY_CHANGE = {"micro_batch", "workers", "compile", "recompute", "log_every", "save_every", "tensorboard", "data", "init", "start", "vocab"}  # on --resume
 CHOICES = {"task": ("pretrain", "recognise"), "preset": tuple(PRESETS), "model": tuple(mvlt.PRESETS), "fit": ("stretch", "pad"), "mask_style": mvlt.MASK_STYLES,
