@@ -95,7 +95,7 @@ class Settings:
     modality: str = "both"  # what recognition reads: both, image or text
     drop_caption: float = 0.2  # how many of the whole, matched pairs recognition reads without their caption, to know photos that have none
     mirror: float = 0.0  # how many pictures are flipped left to right
-    shift: int = 2  # pixels by which each picture is moved at most
+    shift: int = 0  # pixels by which each picture is moved at most
     epochs: float = 0.0
     steps: int = 640  # used when epochs is 0
     batch_size: int = 128  # G, over all processes
