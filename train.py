@@ -354,6 +354,7 @@ def step_backward(model, batch, pairs, s, tokenizer, autocast, towers_only, hard
         if hard:
             logits = everyone[0] @ everyone[1].T * model.log_scale.detach().exp()
             similar = mvlt.hard_negatives(logits.cpu(), same, data.generator(s.seed, batch["step"], "hard"))
+            similar[torch.rand(len(rows), generator=data.generator(s.seed, batch["step"], "easy")) < 0.5] = -1  # half stay uniform: with hard ones alone, ITM forgets the easy
 
     plan = None if towers_only else plan_step(batch["step"], rows, pairs, s, model.config, tokenizer, similar)
     empty_caption = torch.tensor(tokenizer.encode(""))
