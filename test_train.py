@@ -19,6 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -785,6 +786,20 @@ def test_a_mismatched_pair_shares_neither_product_nor_caption(pairs, seed, G, st
     wrong = ~plan.matched
     assert torch.equal(other[plan.matched], rows[plan.matched])
     assert not (few.products[other] == few.products[rows])[wrong].any() and not (few.captions[other] == few.captions[rows])[wrong].any()
+
+
+def test_the_towers_are_judged_among_the_products_of_a_sub_category(pairs):
+    model, n = tiny_model(pairs).float().eval(), len(pairs.rows)
+    with torch.no_grad():
+        found = train.towers_recall(model, pairs, train.Settings(batch_size=7), n)
+        images = data.images_to_float(torch.from_numpy(pairs.pictures[np.arange(n)]).permute(0, 3, 1, 2))
+        image, text = model.embed_images(images), model.embed_texts(pairs.tokens)
+    right = {"tir_towers": 0, "itr_towers": 0}
+    for i, row in enumerate(pairs.rows):
+        rivals = [j for j, other in enumerate(pairs.rows) if other["subcategory"] == row["subcategory"] and other["product_id"] != row["product_id"] and other["caption"] != row["caption"]]
+        right["tir_towers"] += all(text[i] @ image[j] < text[i] @ image[i] for j in rivals)
+        right["itr_towers"] += all(image[i] @ text[j] < image[i] @ text[i] for j in rivals)
+    assert 0 < right["tir_towers"] < n and found == {way: pytest.approx(count / n) for way, count in right.items()}
 
 
 def test_batches_of_alike_products_come_when_hard_negatives_come(pairs):

@@ -633,29 +633,38 @@ def plain(value):
 
 def validate(model, pairs, s, tokenizer, autocast, limit=512):
     """The losses on fixed batches of the validation split, how the towers rank within it, and how often recognition is right."""
-    n, losses, vectors, right, objectives = min(limit, len(pairs.rows)), {}, [], [], s.objectives.split(",")
-    device, size = next(model.parameters()).device, min(s.batch_size, 128)
+    n, losses, right, objectives = min(limit, len(pairs.rows)), {}, [], s.objectives.split(",")
+    device = next(model.parameters()).device
     with evaluation.at_rest(model), autocast():
-        for start in range(0, n, size):
-            rows = torch.arange(start, min(start + size, n))
-            images = data.images_to_float(torch.from_numpy(pairs.pictures[rows.numpy()]).permute(0, 3, 1, 2).to(device))
-            plan, part = plan_step(f"validation {start}", rows, pairs, s, model.config, tokenizer), slice(0, len(rows))
+        for rows, images in whole_pictures(pairs, n, s, device):
+            plan, part = plan_step(f"validation {int(rows[0])}", rows, pairs, s, model.config, tokenizer), slice(0, len(rows))
             for name, loss in fused_losses(model, images, plan, part, rows, pairs, s, torch.tensor(tokenizer.encode(""))).items():
                 losses[name] = losses.get(name, 0) + float(loss) * len(rows) / n
-            if "itc" in objectives:
-                vectors.append(read_towers(model, images, data.trim(pairs.tokens[rows]), (s.seed, start)).cpu())
             if "cr" in objectives:
                 tokens = torch.tensor(tokenizer.encode("")).expand(len(rows), -1) if s.modality == "image" else data.trim(pairs.tokens[rows])
                 _, text = model.encode(None if s.modality == "text" else images, tokens.to(device))
                 right += [(logits.argmax(1).cpu() == classes[rows]) for logits, classes in zip(model.recognise(text), (pairs.categories, pairs.subcategories))]
-    if vectors:
-        image, text = torch.cat(vectors, dim=1)
-        similar = (text @ image.T).masked_fill(same_product(pairs, torch.arange(n)) & ~torch.eye(n, dtype=torch.bool), -2)
-        for way, scores in (("tir", similar), ("itr", similar.T)):
-            losses[f"{way}_towers"] = (torch.as_tensor(evaluation.ranks(scores, torch.arange(n))) == 1).double().mean().item()
+        if "itc" in objectives:
+            losses |= towers_recall(model, pairs, s, min(4 * limit, len(pairs.rows)))
     if right:
         losses["cr_accuracy"] = torch.cat(right).double().mean().item()
     return losses
+
+
+def whole_pictures(pairs, n, s, device):
+    """The first n rows of a split in batches: (row numbers, their pictures)."""
+    for rows in torch.arange(n).split(min(s.batch_size, 128)):
+        yield rows, data.images_to_float(torch.from_numpy(pairs.pictures[rows.numpy()]).permute(0, 3, 1, 2).to(device))
+
+
+def towers_recall(model, pairs, s, n):
+    """R@1 of the towers over the first n rows, each among the other products of its sub-category, as `eval.py` draws candidates."""
+    device, rows = next(model.parameters()).device, torch.arange(n)
+    read = [read_towers(model, images, data.trim(pairs.tokens[some]), (s.seed, int(some[0]))).cpu() for some, images in whole_pictures(pairs, n, s, device)]
+    image, text = torch.cat(read, dim=1)
+    groups, own = pairs.groups[:n], torch.eye(n, dtype=torch.bool)
+    similar = (text @ image.T).masked_fill((same_product(pairs, rows) | (groups[:, None] != groups)) & ~own, -2)
+    return {f"{way}_towers": (torch.as_tensor(evaluation.ranks(scores, rows)) == 1).double().mean().item() for way, scores in (("tir", similar), ("itr", similar.T))}
 
 
 def goodness(val, s):
