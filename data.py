@@ -900,12 +900,13 @@ class Batches:
     """
     The pictures of the global batches from `start` up to `stop`, in order, loaded by `workers` processes. Yields dicts of
     "step", "rows" (G,) int64 (the whole global batch), "slice" (lo, hi) (this process's share of it) and
-    "images" (g, 3, H, W) uint8 of rows[lo:hi], each mirrored with probability `mirror` and moved by up to `shift` pixels either way.
+    "images" (g, 3, H, W) uint8 of rows[lo:hi], each mirrored with probability `mirror`, moved by up to `shift` pixels either way, and
+    seen through a window up to the share `zoom` narrower or wider, and lower or higher, than itself.
     rows_of: step -> the rows of its global batch; the epochs laid end to end, `batch_rows`, unless told other.
     """
 
-    def __init__(self, pictures, batch_size, seed, start, stop, rank=0, world=1, mirror=0.0, shift=0, workers=0, rows_of=None):
-        self.pictures, self.batch_size, self.seed, self.mirror, self.shift = pictures, batch_size, seed, mirror, shift
+    def __init__(self, pictures, batch_size, seed, start, stop, rank=0, world=1, mirror=0.0, shift=0, zoom=0.0, workers=0, rows_of=None):
+        self.pictures, self.batch_size, self.seed, self.mirror, self.shift, self.zoom = pictures, batch_size, seed, mirror, shift, zoom
         self.steps, self.workers = range(start, stop), workers
         self.rows_of = rows_of or functools.partial(batch_rows, batch_size=batch_size, n=len(pictures), seed=seed)
         self.slice = (batch_size * rank // world, batch_size * (rank + 1) // world)
@@ -915,9 +916,14 @@ class Batches:
 
     def __getitem__(self, step):
         rows, (lo, hi) = self.rows_of(step), self.slice
-        moves = torch.randint(2 * self.shift + 1, (len(rows), 2), generator=generator(self.seed, step, "shift"))[lo:hi]
-        images = torch.from_numpy(moved(self.pictures[rows[lo:hi].numpy()], self.shift, moves.tolist())).permute(0, 3, 1, 2)  # (g, 3, H, W); in memory still (g, H, W, 3)
-        flip = torch.rand(len(rows), generator=generator(self.seed, step, "mirror"))[lo:hi] < self.mirror
+        draw = lambda what: generator(self.seed, step, what)
+        pictures = self.pictures[rows[lo:hi].numpy()]  # (g, H, W, 3)
+        if self.shift or self.zoom:
+            moves = torch.randint(-self.shift, self.shift + 1, (len(rows), 2), generator=draw("shift"))
+            sides = 1 + self.zoom * (2 * torch.rand(len(rows), 2, generator=draw("zoom")) - 1)
+            pictures = through_windows(pictures, moves[lo:hi].numpy(), sides[lo:hi].double().numpy())
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2)  # (g, 3, H, W); in memory still (g, H, W, 3)
+        flip = torch.rand(len(rows), generator=draw("mirror"))[lo:hi] < self.mirror
         images[flip] = images[flip].flip(-1)
         return {"step": step, "rows": rows, "slice": (lo, hi), "images": images}
 
@@ -926,13 +932,17 @@ class Batches:
         return iter(DataLoader(self, None, sampler=self.steps, num_workers=self.workers, collate_fn=dict, generator=own))
 
 
-def moved(images, shift, moves):
-    """Pictures (g, H, W, 3), each moved by its own (down, right) - shift pixels; the border's pixels fill what comes in."""
-    if shift == 0:
-        return images
-    H, W = images.shape[1:3]
-    wide = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
-    return np.stack([one[y:y + H, x:x + W] for one, (y, x) in zip(wide, moves)])
+def through_windows(pictures, moves, sides):
+    """
+    Pictures (g, H, W, 3), each seen through a window of its own: `sides` (g, 2) times its height and width, and its middle `moves` (g, 2)
+    pixels down and right of the picture's. Where a window reaches beyond the border, the border's pixels go on.
+    """
+    size = np.array(pictures.shape[1:3])
+    border = int((np.abs(moves) + np.maximum(sides - 1, 0) * size / 2).max()) + 1
+    wide = np.pad(pictures, ((0, 0), (border, border), (border, border), (0, 0)), mode="edge")
+    first = border + size / 2 + moves - sides * size / 2  # (g, 2): where the window begins
+    boxes = np.concatenate([first, first + sides * size], axis=1)[:, [1, 0, 3, 2]]  # left, upper, right, lower
+    return np.stack([Image.fromarray(one).resize(tuple(size[::-1]), Image.Resampling.BILINEAR, tuple(box)) for one, box in zip(wide, boxes)])
 
 
 def images_to_float(images):

@@ -386,21 +386,24 @@ def retrieval(model, catalogue, draws, batch_size=256, best=20, towers=True, wha
     """
     TIR and ITR over candidate lists: draws is one {"tir": lists, "itr": lists} per draw. By the fusion encoder ("tir", "itr") and, with
     `towers`, by the towers alone ("tir_towers", ...) and by both together among the towers' `best` ("tir_reranked", ...).
-    Returns the results and the fusion encoder's scores, {"tir": [(Q, C) per draw], "itr": [...]}.
+    Returns the results, the fusion encoder's scores, {"tir": [(Q, C) per draw], "itr": [...]}, and likewise what to put answers in order by:
+    both together, or without towers the same scores.
     """
     pairs = {way: [catalogue.pairs(way, draw[way]) for draw in draws] for way in DIRECTIONS}
     every = [pair for way in DIRECTIONS for pair in pairs[way]]  # (Q, C, 2) each; read at once, so that no pair is read twice
     flat = pair_scores(model, catalogue.pictures, catalogue.tokens, torch.cat([pair.flatten(0, 1) for pair in every]), batch_size, what)
     parts = iter(flat.split([pair[..., 0].numel() for pair in every]))
     scores = {way: [next(parts).view(pair.shape[:2]) for pair in pairs[way]] for way in DIRECTIONS}
-    results = {way: mean_and_sd([recalls(best_ranks(s, first_is_right(s))) for s in scores[way]]) for way in DIRECTIONS}
+    measured = lambda draws: mean_and_sd([recalls(best_ranks(s, first_is_right(s))) for s in draws])
+    results, order = {way: measured(scores[way]) for way in DIRECTIONS}, scores
     if towers:
         images, texts = tower_vectors(model, catalogue.pictures, catalogue.tokens, batch_size, what and f"{what}, towers")
         for way in DIRECTIONS:
             near = [(images[pair[..., 0]] * texts[pair[..., 1]]).sum(dim=-1).float() for pair in pairs[way]]
-            results[f"{way}_towers"] = mean_and_sd([recalls(best_ranks(n, first_is_right(n))) for n in near])
-            results[f"{way}_reranked"] = mean_and_sd([recalls(reranked(n, s + as_logit(model, n), best)) for n, s in zip(near, scores[way])])
-    return results, scores
+            results[f"{way}_towers"] = measured(near)
+            order = {**order, way: [in_two_steps(n, s + as_logit(model, n), best) for n, s in zip(near, scores[way])]}
+            results[f"{way}_reranked"] = measured(order[way])
+    return results, scores, order
 
 
 def as_logit(model, near):
@@ -420,11 +423,10 @@ def shortlist(near, right, best):
     return near.topk(min(best, near.shape[1]), dim=1).indices
 
 
-def reranked(near, scores, best):
-    """Ranks when the towers (near) choose the `best` and other scores order those; both (Q, C), the truth first."""
-    right = first_is_right(near)
-    short = shortlist(near, right, best)
-    return ranks_in_two_steps(best_ranks(near, right), scores.gather(1, short), right.gather(1, short))
+def in_two_steps(near, scores, best):
+    """One score for both steps, (Q, C), the truth first: the towers (near) choose the `best`, `scores` orders those, the rest stay behind as the towers have them."""
+    chosen = torch.zeros(near.shape, dtype=torch.bool).scatter(1, shortlist(near, first_is_right(near), best), True)
+    return torch.where(chosen, scores.double(), near.double() - 1e6)
 
 
 def ranks_in_two_steps(first, scores, right):
@@ -579,17 +581,16 @@ def generation(model, catalogue, style="random", ratio=0.5, unit=16, batch_size=
 # Figures 5 to 8
 
 
-def retrieval_figure(catalogue, draw, scores, shown=4, answers=5):
-    """Fig. 5: the first queries of a draw with their best answers. A tie with the truth is shown as it is counted, against us."""
+def retrieval_figure(catalogue, draw, scores, order, shown=4, answers=5):
+    """Fig. 5: the first queries of a draw with their best answers by `order`, and ITM's scores of these. A tie with the truth is shown as it is counted, against us."""
     def item(row, way):
         return catalogue.rows[row]["caption"] if way == "text" else catalogue.pictures[int(catalogue.picture_of[row])]
 
     figure = []
     for way, (asked, answered) in {"tir": ("text", "picture"), "itr": ("picture", "text")}.items():
-        lists, score = draw[way][:shown], scores[way][:shown]
-        right = first_is_right(score)
-        order, rank_of_truth = shortlist(score, right, answers).tolist(), best_ranks(score, right).tolist()
-        for entry, columns, s, place in zip(lists, order, score, rank_of_truth):
+        key = order[way][:shown]
+        right = first_is_right(key)
+        for entry, columns, s, place in zip(draw[way], shortlist(key, right, answers).tolist(), scores[way], best_ranks(key, right).tolist()):
             best = [{"item": item(entry["candidates"][c], answered), "score": s[c].sigmoid().item(), "match": c == 0} for c in columns]
             figure.append({"way": DIRECTIONS[way], "query": item(entry["query"], asked), "rank": place, "answers": best})
     return figure
@@ -670,12 +671,13 @@ def positive(text):
 
 def keep_freed_memory():
     """
-    Let glibc keep the large tensors that are freed, instead of giving them back and having every page of the next one cleared by the
-    kernel: a fifth off a training step on a CPU. Elsewhere there is nothing to do.
+    Let glibc keep the tensors that are freed, instead of giving them back and having every page of the next ones cleared by the kernel: a
+    fifth off a training step on a CPU. Those above 100 MiB go back all the same: they are few, and would leave holes that nothing fills.
+    Elsewhere there is nothing to do.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: below this, memory comes from the heap
+        mallopt(-3, 100 << 20)  # M_MMAP_THRESHOLD: below this, memory comes from the heap
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: what may lie free at its end
 
 
@@ -752,10 +754,11 @@ def measure_retrieval(args, model, run, catalogue, results, figures):
     towers = "itc" in run.get("objectives", "itc").split(",")  # without the contrast the towers are untrained
     draws = draw_all(args, catalogue.rows)
     lists = [entry for draw in draws for entry in draw["tir"]]
-    results["retrieval"], scores = retrieval(model, catalogue, draws, args.batch_size, args.best, towers, what="retrieval")
+    results["retrieval"], scores, order = retrieval(model, catalogue, draws, args.batch_size, args.best, towers, what="retrieval")
     results["candidates"] = {"queries": len(draws[0]["tir"]), "size": len(lists[0]["candidates"]), "draws": len(draws), "lists": len(lists),
                              "filled": filled(catalogue.rows, lists), "best": args.best}
-    figures["draws"], figures["retrieval"] = draws, retrieval_figure(catalogue, draws[0], {way: s[0] for way, s in scores.items()})
+    first = lambda draws: {way: s[0] for way, s in draws.items()}
+    figures["draws"], figures["retrieval"] = draws, retrieval_figure(catalogue, draws[0], first(scores), first(order))
 
 
 def measure_recognition(args, model, empty, modality, catalogue, results, figures):

@@ -754,9 +754,9 @@ def test_equal_keys_give_equal_randomness_and_other_keys_other(key, other):
 PIXELS = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 3), np.uint8)
 
 
-def images_of(world, workers=0, start=0, stop=5, mirror=0.5, shift=0):
+def images_of(world, workers=0, start=0, stop=5, mirror=0.5, shift=0, zoom=0.0):
     """The images of each global batch, put together from the shares of `world` processes."""
-    shares = [list(data.Batches(PIXELS, 7, 3, start, stop, rank, world, mirror=mirror, shift=shift, workers=workers)) for rank in range(world)]
+    shares = [list(data.Batches(PIXELS, 7, 3, start, stop, rank, world, mirror=mirror, shift=shift, zoom=zoom, workers=workers)) for rank in range(world)]
     for step, batches in zip(range(start, stop), zip(*shares)):
         assert all(batch["step"] == step and (batch["rows"] == data.batch_rows(step, 7, 23, 3)).all() for batch in batches)
         bounds = [batch["slice"] for batch in batches]
@@ -789,15 +789,25 @@ def test_mirror_turns_that_share_of_the_pictures_and_nothing_else():
 def test_batches_move_each_picture_by_its_own_amount_and_no_further_than_asked():
     """Every picture of a batch is one of the (2 shift + 1)^2 moved versions of its own row, each of which turns up."""
     for shift in (0, 1, 2):
-        amounts = [(y, x) for y in range(2 * shift + 1) for x in range(2 * shift + 1)]
-        versions = np.stack([data.moved(PIXELS, shift, [amount] * len(PIXELS)) for amount in amounts])  # (amounts, n, H, W, 3)
+        amounts = [(y, x) for y in range(-shift, shift + 1) for x in range(-shift, shift + 1)]
+        versions = np.stack([data.through_windows(PIXELS, np.array([amount] * len(PIXELS)), np.ones((len(PIXELS), 2))) for amount in amounts])  # (amounts, n, H, W, 3)
         found = set()
         for batch in data.Batches(PIXELS, 7, 3, 0, 60, shift=shift):
             for row, image in zip(batch["rows"].tolist(), batch["images"].permute(0, 2, 3, 1).numpy()):
                 (which,) = np.nonzero((versions[:, row] == image).all(axis=(1, 2, 3)))[0].tolist()
                 found.add(amounts[which])
         assert found == set(amounts)
-    assert (images_of(3, shift=2) == images_of(1, shift=2)).all() and (images_of(1, start=3, shift=2) == images_of(1, shift=2)[3:]).all()
+    moved = dict(shift=2, zoom=0.5)
+    assert (images_of(3, **moved) == images_of(1, **moved)).all() and (images_of(1, start=3, **moved) == images_of(1, **moved)[3:]).all()
+
+
+def test_batches_zoom_each_picture_by_its_own_shares_both_in_and_out_and_no_further_than_asked():
+    """A ramp shows the size of the window by its steepness."""
+    ramp = np.broadcast_to(np.arange(40, 200, 4, dtype=np.uint8)[None, :, None, None], (23, 40, 40, 3))
+    for pictures, axis in ((ramp, 1), (ramp.swapaxes(1, 2), 2)):
+        images = torch.cat([batch["images"] for batch in data.Batches(np.ascontiguousarray(pictures), 7, 3, 0, 40, zoom=0.3)]).float()
+        steep = (images.select(axis + 1, 25) - images.select(axis + 1, 15)).flatten(1).mean(1) / 40
+        assert 0.66 < steep.min() < 0.75 and 1.25 < steep.max() < 1.34 and abs(steep.mean() - 1) < 0.05
 
 
 def test_loading_leaves_the_global_randomness_alone():
@@ -888,13 +898,27 @@ def test_exit_statuses_and_one_line_errors(folder):
 @given(shift=st.integers(0, 4), side=st.integers(1, 6), seed=st.integers(0, 2**31))
 def test_a_moved_picture_is_the_picture_seen_through_a_moved_window(shift, side, seed):
     draw = np.random.default_rng(seed)
-    images, moves = draw.integers(0, 256, (3, side, side, 3), dtype=np.uint8), draw.integers(0, 2 * shift + 1, (3, 2)).tolist()
-    found = data.moved(images, shift, moves)
+    pictures, moves = draw.integers(0, 256, (3, side, side, 3), dtype=np.uint8), draw.integers(-shift, shift + 1, (3, 2))
+    found = data.through_windows(pictures, moves, np.ones((3, 2)))
     inside = lambda place: min(max(place, 0), side - 1)  # beyond the border, the border's pixels
-    for image, (down, right), got in zip(images, moves, found):
+    for picture, (down, right), got in zip(pictures, moves.tolist(), found):
         for y in range(side):
             for x in range(side):
-                assert (got[y, x] == image[inside(y + down - shift), inside(x + right - shift)]).all()
+                assert (got[y, x] == picture[inside(y + down), inside(x + right)]).all()
+
+
+@given(sides=st.tuples(st.floats(0.2, 1.8), st.floats(0.2, 1.8)), moves=st.tuples(st.integers(-4, 4), st.integers(-4, 4)), slopes=st.tuples(st.integers(-5, 5), st.integers(-5, 5)))
+def test_through_a_smaller_or_larger_window_a_slope_is_a_slope_still(sides, moves, slopes):
+    """A picture that grows evenly along both sides: what stands where the window looks, wherever that is well inside the picture."""
+    H, W = 30, 20
+    value = lambda y, x: 128 + slopes[0] * (y - H / 2) + slopes[1] * (x - W / 2)  # in [0, 255]
+    picture = np.repeat(value(*np.mgrid[:H, :W]).astype(np.uint8)[..., None], 3, axis=2)
+    (found,) = data.through_windows(picture[None], np.array([moves]), np.array([sides]))
+    assert found.shape == picture.shape and found.dtype == np.uint8
+    seen = [(np.arange(n) + 0.5 - n / 2) * side + n / 2 + move - 0.5 for n, side, move in zip((H, W), sides, moves)]
+    inside = [(place >= 2) & (place <= n - 3) for place, n in zip(seen, (H, W))]
+    expected = value(*np.meshgrid(*seen, indexing="ij"))[np.ix_(*inside)]
+    assert np.abs(found[np.ix_(*inside)] - expected[..., None]).max(initial=0) <= 1 + max(map(abs, slopes)) / 4  # rounded twice, and nowhere a quarter of a pixel astray
 
 
 def test_trim_keeps_the_last_word_behind_a_padding_word_written_in_the_caption():

@@ -78,6 +78,10 @@ def test_a_constant_model_is_last():
     assert (found == 101).all() and evaluation.recalls(found)["R@10"] == 0
 
 
+def reranked(near, scores, best):
+    return evaluation.ranks(evaluation.in_two_steps(near, scores, best), torch.zeros(len(near)))
+
+
 @given(st.integers(2, 12), st.integers(1, 12), SEEDS, st.booleans())
 def test_reranking_agrees_with_sorting_in_plain_python(size, best, seed, blind):
     random = np.random.default_rng(seed)
@@ -86,18 +90,18 @@ def test_reranking_agrees_with_sorting_in_plain_python(size, best, seed, blind):
     order = sorted(range(size), key=lambda i: (-near[i], i == 0)) if not blind else [*range(1, size), 0]
     short = order[:best]
     wanted = 1 + sum(itm[i] >= itm[0] for i in short if i != 0) if 0 in short else slow_rank(near, 0)
-    found = evaluation.reranked(torch.tensor([near], dtype=torch.float32), torch.tensor([itm], dtype=torch.float64), best)
+    found = reranked(torch.tensor([near], dtype=torch.float32), torch.tensor([itm], dtype=torch.float64), best)
     assert found.tolist() == [wanted]
 
 
 def test_reranking_all_of_them_is_the_fusion_encoders_rank():
     near, scores = torch.randn(2, 20, 30, generator=torch.Generator().manual_seed(0))
-    assert evaluation.reranked(near, scores, 30).equal(evaluation.ranks(scores, torch.zeros(20)))
-    assert evaluation.reranked(near, scores, 1).equal(evaluation.ranks(near, torch.zeros(20)))
+    assert reranked(near, scores, 30).equal(evaluation.ranks(scores, torch.zeros(20)))
+    assert reranked(near, scores, 1).equal(evaluation.ranks(near, torch.zeros(20)))
 
 
 def test_towers_that_cannot_tell_keep_the_truth_off_the_shortlist():
-    assert (evaluation.reranked(torch.zeros(3, 101), torch.eye(3, 101), 20) == 101).all()
+    assert (reranked(torch.zeros(3, 101), torch.eye(3, 101), 20) == 101).all()
 
 
 def test_mean_and_sd_of_the_draws():
@@ -405,7 +409,7 @@ def test_reading_leaves_the_model_as_it_was(shop):
 def test_retrieval_agrees_with_scoring_pair_by_pair(shop, monkeypatch):
     in_float32(monkeypatch)
     lists = evaluation.candidates(shop.catalogue.rows, 3, 12)
-    results, scores = evaluation.retrieval(shop.model, shop.catalogue, [{"tir": lists, "itr": lists}])
+    results, scores, order = evaluation.retrieval(shop.model, shop.catalogue, [{"tir": lists, "itr": lists}])
     wanted = {"tir": [[one_by_one(shop.model, shop.catalogue, row, e["query"]) for row in e["candidates"]] for e in lists],
               "itr": [[one_by_one(shop.model, shop.catalogue, e["query"], row) for row in e["candidates"]] for e in lists]}
     for way in ("tir", "itr"):
@@ -415,7 +419,8 @@ def test_retrieval_agrees_with_scoring_pair_by_pair(shop, monkeypatch):
     with torch.no_grad():
         images = shop.model.embed_images(torch.from_numpy(shop.catalogue.pictures[np.arange(110)]).permute(0, 3, 1, 2) / 255)
         texts = shop.model.embed_texts(shop.catalogue.tokens)
-    near = [[(images[row] @ texts[e["query"]]).item() for row in e["candidates"]] for e in lists]
+    near, scale = [[(images[row] @ texts[e["query"]]).item() for row in e["candidates"]] for e in lists], shop.model.log_scale.exp().item()
+    assert [slow_rank(row, 0) for row in order["tir"][0].tolist()] == [slow_rank([s + scale * n for s, n in zip(*rows)], 0) for rows in zip(wanted["tir"], near)]
     assert results["tir_towers"]["median_rank"] == evaluation.recalls([slow_rank(row, 0) for row in near])["median_rank"]
 
 
@@ -425,7 +430,7 @@ def test_a_model_that_says_the_same_of_all_is_last_in_all(shop):
         for parameter in head.parameters():
             parameter.data.zero_()
     lists = evaluation.candidates(shop.catalogue.rows, 6)
-    listed, _ = evaluation.retrieval(model, shop.catalogue, [{"tir": lists, "itr": lists}])
+    listed, _, _ = evaluation.retrieval(model, shop.catalogue, [{"tir": lists, "itr": lists}])
     gallery = evaluation.full_gallery(model, shop.catalogue)
     for results, names, last in ((listed, ("tir", "itr", "tir_towers", "itr_reranked"), 101), (gallery, ("tir", "itr_towers"), 110)):
         for name in names:

@@ -706,6 +706,20 @@ def test_towers_give_unit_vectors_from_one_side_alone(seed, lengths):
         assert_equal([model.text_tower(mean[None])], [model.embed_texts(tokens)[i : i + 1]])
 
 
+@pytest.mark.parametrize("side", [1, 2, 4, 5, 8])
+def test_the_picture_tower_keeps_apart_the_places_of_v4_and_averages_them_from_five_a_side_on(side):
+    model = lively(dataclasses.replace(SMALL, image_size=32 * side))
+    images = pictures(model.config, 2)
+    visual, cells = model.encode(images, None)[0][3], []  # (2, D4, side, side)
+    grid = min(side, 4)
+    for channel in range(visual.shape[1]):
+        for down in range(grid):
+            for right in range(grid):
+                rows, columns = ([y for y in range(side) if y * grid < (cell + 1) * side and (y + 1) * grid > cell * side] for cell in (down, right))
+                cells.append(sum(visual[:, channel, y, x] for y in rows for x in columns) / len(rows) / len(columns))
+    assert_equal([model.image_tower(torch.stack(cells, dim=1))], [model.embed_images(images)])
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Our own files
 

@@ -41,7 +41,7 @@ torch.set_num_threads(1)  # as in the other processes: the number of threads cha
 
 TINY = """--device cpu --image-size 32 --mask-unit 8 --sr-ratios 4,2,1,1 --dims 8,16,24,32 --heads 1,2,3,4 --mlp-ratios 2,2,2,2 --depths 1,1,1,1
           --token-dim 32 --embed-dim 16 --text-len 24 --vocab-words 200""".split()
-RUN = "--steps 8 --batch-size 12 --log-every 1 --save-every 3 --itm-from 0.25 --hard-from 0.5 --itm-negatives hard --alike 2 --mirror 0.5 --shift 1".split()  # all five objectives, dropout, hard negatives
+RUN = "--steps 8 --batch-size 12 --log-every 1 --save-every 3 --itm-from 0.25 --hard-from 0.5 --itm-negatives hard --alike 2 --mirror 0.5 --shift 1 --zoom 0.2".split()  # all five objectives, dropout, hard negatives
 EXACT = "--no-bf16 --dropout 0 --drop-path 0".split()  # where only the order of a sum may differ
 
 
@@ -540,6 +540,7 @@ IMPOSSIBLE = {
     "--batch-size 0": "--batch-size must be above 0, got 0",
     "--micro-batch -4": "--micro-batch must not be below 0",
     "--shift -1": "--shift must not be below 0",
+    "--zoom 1": "--zoom must lie in [0, 0.9]",
     "--workers -1": "--workers must not be below 0",
     "--seed -1": "--seed must not be below 0",
     "--seed 99999999999999999999": "--seed must not be below 0 nor absurdly large",
@@ -650,7 +651,7 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path):
         rows.append(dict(image=f"images/{number}.png", caption=caption, product_id=str(number)))
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "val.jsonl").write_text("".join(json.dumps({**row, "product_id": "again " + row["product_id"]}) + "\n" for row in rows))
-    still = "--mirror 0 --shift 0 --dropout 0 --drop-path 0 --no-bf16 --objectives mir,itm,mlm --itm-negatives uniform --itm-from 0".split()
+    still = "--mirror 0 --shift 0 --zoom 0 --dropout 0 --drop-path 0 --no-bf16 --objectives mir,itm,mlm --itm-negatives uniform --itm-from 0".split()
     larger = "--dims 16,32,48,64 --token-dim 64 --text-len 8 --steps 500 --batch-size 64 --lr 2e-3 --final-lr 1e-5 --save-every 1000 --log-every 5".split()
     run = in_process(tmp_path / "run", *TINY, *still, *larger, "--data", tmp_path)
 
@@ -669,7 +670,7 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path):
 # --- Settings do what they say ---
 
 OF_THE_RECIPE = """--w-mir 1 | --w-itm 2 | --w-mlm 2 | --w-itc 2 | --w-cr 2 | --mask-ratio 0.2 | --mask-unit 16 | --mask-style grid | --mask-image-prob 0.9 | --mask-words 0.9
-    | --no-match-whole | --itm-negatives uniform | --itm-negatives subcategory | --itm-from 0 | --hard-from 1 | --alike 1 | --drop-caption 1 | --mirror 0 | --shift 0 | --lr 1e-3
+    | --no-match-whole | --itm-negatives uniform | --itm-negatives subcategory | --itm-from 0 | --hard-from 1 | --alike 1 | --drop-caption 1 | --mirror 0 | --shift 0 | --zoom 0 | --lr 1e-3
     | --final-lr 4e-4 | --warmup 1 | --weight-decay 1 | --clip 0.01 | --seed 1 | --batch-size 13 | --objectives mir,itm,mlm,itc | --no-bf16 | --dropout 0.5 | --drop-path 0.5
     | --steps 5 | --vocab-words 300 | --fit pad"""
 OF_THE_MACHINE = "--log-every 3 | --save-every 2 | --workers 1 | --no-compile"

@@ -96,6 +96,7 @@ class Settings:
     drop_caption: float = 0.2  # how many of the whole, matched pairs recognition reads without their caption, to know photos that have none
     mirror: float = 0.0  # how many pictures are flipped left to right
     shift: int = 0  # pixels by which each picture is moved at most
+    zoom: float = 0.0  # share by which the part of a picture that is seen is narrower or wider, lower or higher, at most
     epochs: float = 0.0
     steps: int = 640  # used when epochs is 0
     batch_size: int = 128  # G, over all processes
@@ -116,12 +117,13 @@ class Settings:
 
 
 PAPER = dict(
-    model="tiny", objectives="mir,itm,mlm", mask_image_prob=0.5, match_whole=False, itm_negatives="uniform", itm_from=0.0, mirror=0.0, shift=0,
+    model="tiny", objectives="mir,itm,mlm", mask_image_prob=0.5, match_whole=False, itm_negatives="uniform", itm_from=0.0, mirror=0.0, shift=0, zoom=0.0,
     vocab_words=30522, epochs=150.0, batch_size=1200, lr=2.5e-3, final_lr=1e-5, warmup=5 / 150, workers=4, save_every=1000,
 )  # Sec. 4.1; epochs, warm-up and final learning rate from the authors' code
 PLUS = dict(
-    PAPER, objectives="mir,itm,mlm,itc", match_whole=True, itm_negatives="hard", itm_from=0.5, hard_from=0.6, alike=8, mirror=0.5, shift=3, lr=1e-3,
-)  # twin towers, and negatives that are hard
+    PAPER, objectives="mir,itm,mlm,itc", mask_image_prob=0.25, match_whole=True, itm_negatives="hard", itm_from=0.4, hard_from=0.6, alike=8,
+    mirror=0.5, shift=3, zoom=0.2, lr=1e-3,
+)  # twin towers, negatives that are hard, and pictures never twice the same
 PRESETS = {"demo": {}, "paper": PAPER, "plus": PLUS}
 RECOGNISE = dict(objectives="cr", itm_from=0.0, mask_image_prob=0.0, lr=5e-4)
 MAY_CHANGE = {"micro_batch", "workers", "compile", "recompute", "log_every", "save_every", "tensorboard", "data", "init", "start", "vocab"}  # on --resume
@@ -181,7 +183,7 @@ def resolve(given, base=None):
     for field in fields(s):
         value = getattr(s, field.name)
         mvlt.require(field.type is not float or math.isfinite(value), flag(field.name), "must be a finite number", value)
-    for name, low, high in (("mask_ratio", 0, 1), ("mask_words", 0, 1), ("mask_image_prob", 0, 1), ("itm_from", 0, 1), ("hard_from", 0, 1), ("mirror", 0, 1), ("drop_caption", 0, 1), ("warmup", 0, 1)):
+    for name, low, high in (("mask_ratio", 0, 1), ("mask_words", 0, 1), ("mask_image_prob", 0, 1), ("itm_from", 0, 1), ("hard_from", 0, 1), ("mirror", 0, 1), ("zoom", 0, 0.9), ("drop_caption", 0, 1), ("warmup", 0, 1)):
         mvlt.require(low <= getattr(s, name) <= high, flag(name), f"must lie in [{low}, {high}]", getattr(s, name))
     for name in ("batch_size", "alike", "lr", "clip", "log_every", "save_every", "vocab_words"):
         mvlt.require(getattr(s, name) > 0, flag(name), "must be above 0", getattr(s, name))
@@ -759,7 +761,7 @@ def main(args, given, changes):
 
     # loop
     names, rows_of = s.objectives.split(","), functools.partial(rows_of_step, pairs=train, s=s)
-    batches = data.Batches(train.pictures, s.batch_size, s.seed, step, s.steps, evaluation.rank(), evaluation.world(), s.mirror, s.shift, s.workers, rows_of)
+    batches = data.Batches(train.pictures, s.batch_size, s.seed, step, s.steps, evaluation.rank(), evaluation.world(), s.mirror, s.shift, s.zoom, s.workers, rows_of)
     model.train()
     with asked_to_stop() as asked:
         for batch in batches:
