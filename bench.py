@@ -466,7 +466,8 @@ def show_speed(ways, work, peak):
     for p in peak:
         saved, faster = work[f"usual {p}"] / work[f"ours {p}"], ways[f"usual {p}"]["step_s"] / ways[f"ours {p}"]["step_s"]
         reached = work[f"ours {p}"] / ways[f"ours {p}"]["step_s"] / peak[p]
-        print(f"{p}: {faster:.2f} times as fast = {saved:.2f} by less arithmetic x {faster / saved:.2f} by doing it faster; {100 * reached:.0f}% of the device's peak")
+        print(f"{p}: {faster:.2f} times as fast = {saved:.2f} by less arithmetic x {faster / saved:.2f} by doing it faster; "
+              f"{100 * reached:.0f}% of the device's peak")
 
 
 def show_growth(rows, ways):

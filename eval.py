@@ -424,7 +424,10 @@ def shortlist(near, right, best):
 
 
 def in_two_steps(near, scores, best):
-    """One score for both steps, (Q, C), the truth first: the towers (near) choose the `best`, `scores` orders those, the rest stay behind as the towers have them."""
+    """
+    One score for both steps, (Q, C), the truth first: the towers (near) choose the `best`, `scores` puts those in order, the rest stay
+    behind as the towers have them.
+    """
     chosen = torch.zeros(near.shape, dtype=torch.bool).scatter(1, shortlist(near, first_is_right(near), best), True)
     return torch.where(chosen, scores.double(), near.double() - 1e6)
 
@@ -582,7 +585,10 @@ def generation(model, catalogue, style="random", ratio=0.5, unit=16, batch_size=
 
 
 def retrieval_figure(catalogue, draw, scores, order, shown=4, answers=5):
-    """Fig. 5: the first queries of a draw with their best answers by `order`, and ITM's scores of these. A tie with the truth is shown as it is counted, against us."""
+    """
+    Fig. 5: the first queries of a draw with their best answers by `order`, and ITM's scores of these. A tie with the truth is shown as it is
+    counted, against us.
+    """
     def item(row, way):
         return catalogue.rows[row]["caption"] if way == "text" else catalogue.pictures[int(catalogue.picture_of[row])]
 

@@ -282,7 +282,8 @@ def picture(pixels, alt):
 
 
 def retrieval_section(entries):
-    parts = [said("The first queries of the first draw, not chosen, and their best five candidates: by towers and ITM together, or by ITM where there are no towers. With each, ITM's probability of a match. Outlined: the truth.")]
+    parts = [said("The first queries of the first draw, not chosen, and their best five candidates: by towers and ITM together, or by ITM "
+                  "where there are no towers. With each, ITM's probability of a match. Outlined: the truth.")]
     for way in dict.fromkeys(entry["way"] for entry in entries):
         parts.append(said(way[0].upper() + way[1:], "h3", ""))
         parts.append(tag("div", *(retrieval_card(entry) for entry in entries if entry["way"] == way), kind="pairs"))

@@ -41,7 +41,8 @@ torch.set_num_threads(1)  # as in the other processes: the number of threads cha
 
 TINY = """--device cpu --image-size 32 --mask-unit 8 --sr-ratios 4,2,1,1 --dims 8,16,24,32 --heads 1,2,3,4 --mlp-ratios 2,2,2,2 --depths 1,1,1,1
           --token-dim 32 --embed-dim 16 --text-len 24 --vocab-words 200""".split()
-RUN = "--steps 8 --batch-size 12 --log-every 1 --save-every 3 --itm-from 0.25 --hard-from 0.5 --itm-negatives hard --alike 2 --mirror 0.5 --shift 1 --zoom 0.2".split()  # all five objectives, dropout, hard negatives
+RUN = """--steps 8 --batch-size 12 --log-every 1 --save-every 3
+    --itm-from 0.25 --hard-from 0.5 --itm-negatives hard --alike 2 --mirror 0.5 --shift 1 --zoom 0.2""".split()  # all five objectives, dropout, hard negatives
 EXACT = "--no-bf16 --dropout 0 --drop-path 0".split()  # where only the order of a sum may differ
 
 
@@ -540,7 +541,7 @@ IMPOSSIBLE = {
     "--batch-size 0": "--batch-size must be above 0, got 0",
     "--micro-batch -4": "--micro-batch must not be below 0",
     "--shift -1": "--shift must not be below 0",
-    "--zoom 1": "--zoom must lie in [0, 0.9]",
+    "--zoom 1": "--zoom must lie in [0, 1)",
     "--workers -1": "--workers must not be below 0",
     "--seed -1": "--seed must not be below 0",
     "--seed 99999999999999999999": "--seed must not be below 0 nor absurdly large",

@@ -183,8 +183,9 @@ def resolve(given, base=None):
     for field in fields(s):
         value = getattr(s, field.name)
         mvlt.require(field.type is not float or math.isfinite(value), flag(field.name), "must be a finite number", value)
-    for name, low, high in (("mask_ratio", 0, 1), ("mask_words", 0, 1), ("mask_image_prob", 0, 1), ("itm_from", 0, 1), ("hard_from", 0, 1), ("mirror", 0, 1), ("zoom", 0, 0.9), ("drop_caption", 0, 1), ("warmup", 0, 1)):
-        mvlt.require(low <= getattr(s, name) <= high, flag(name), f"must lie in [{low}, {high}]", getattr(s, name))
+    for name in ("mask_ratio", "mask_words", "mask_image_prob", "itm_from", "hard_from", "drop_caption", "mirror", "warmup"):
+        mvlt.require(0 <= getattr(s, name) <= 1, flag(name), "must lie in [0, 1]", getattr(s, name))
+    mvlt.require(0 <= s.zoom < 1, "--zoom", "must lie in [0, 1)", s.zoom)
     for name in ("batch_size", "alike", "lr", "clip", "log_every", "save_every", "vocab_words"):
         mvlt.require(getattr(s, name) > 0, flag(name), "must be above 0", getattr(s, name))
     for name in ("w_mir", "w_itm", "w_mlm", "w_itc", "w_cr", "epochs", "shift", "micro_batch", "final_lr", "weight_decay", "workers", "seed"):
@@ -196,7 +197,8 @@ def resolve(given, base=None):
     mvlt.require(not (s.start and s.vocab), "--from", "brings its own words, --vocab", s.vocab)
     chosen = s.objectives.split(",")
     mvlt.require(len(set(chosen)) == len(chosen) and set(chosen) <= set(OBJECTIVES), "--objectives", f"must name some of {','.join(OBJECTIVES)}", s.objectives)
-    mvlt.require(s.itm_negatives != "hard" or "itm" not in chosen or "itc" in chosen, "--itm-negatives hard", "needs the towers: add itc to --objectives", s.objectives)
+    if s.itm_negatives == "hard" and "itm" in chosen:
+        mvlt.require("itc" in chosen, "--itm-negatives hard", "needs the towers: add itc to --objectives", s.objectives)
     mvlt.require(s.modality == "both" or chosen == ["cr"], "--modality", "must be both, unless --task recognise", s.modality)
     mvlt.require(s.task == "pretrain" or chosen == ["cr"], "--objectives", "must be cr alone with --task recognise", s.objectives)
     if dist.is_initialized():
@@ -249,8 +251,9 @@ def same_product(pairs, rows):
 
 def plan_step(step, rows, pairs, s, config, tokenizer, hard=None):
     """
-    Half of the pairs get another's caption; pictures and words are hidden; some captions are left away, for recognition. `hard` (G,) holds, for each pair, the place in the batch of the
-    caption that the towers find alike, -1 for none. MIR and MLM count matched pairs only, and MIR only pictures with something hidden.
+    Half of the pairs get another's caption; pictures and words are hidden; some captions are left away, for recognition. `hard` (G,) holds,
+    for each pair, the place in the batch of the caption that the towers find alike, -1 for none. MIR and MLM count matched pairs only, and
+    MIR only pictures with something hidden.
     """
     G, objectives, draw = len(rows), s.objectives.split(","), lambda what: data.generator(s.seed, step, what)
     hide_image = torch.rand(G, generator=draw("hide")) < s.mask_image_prob
@@ -356,7 +359,8 @@ def step_backward(model, batch, pairs, s, tokenizer, autocast, towers_only, hard
         if hard:
             logits = everyone[0] @ everyone[1].T * model.log_scale.detach().exp()
             similar = mvlt.hard_negatives(logits.cpu(), same, data.generator(s.seed, batch["step"], "hard"))
-            similar[torch.rand(len(rows), generator=data.generator(s.seed, batch["step"], "easy")) < 0.5] = -1  # half stay uniform: with hard ones alone, ITM forgets the easy
+            easy = torch.rand(len(rows), generator=data.generator(s.seed, batch["step"], "easy")) < 0.5
+            similar[easy] = -1  # half stay uniform: with hard ones alone, ITM forgets the easy
 
     plan = None if towers_only else plan_step(batch["step"], rows, pairs, s, model.config, tokenizer, similar)
     empty_caption = torch.tensor(tokenizer.encode(""))
@@ -457,7 +461,8 @@ def make_model(s, changes, tokenizer, labels):
         said, base = f"the MVLT authors' weights in {s.init}", asdict(old.config)
     with usage():
         config = mvlt.Config(**{**base, **sizes, **changes})
-        mvlt.draw_units(1, (config.image_size, config.image_size), s.mask_style, s.mask_ratio, s.mask_unit, data.generator("check"))  # refuses a unit that does not fit
+        square = (config.image_size, config.image_size)
+        mvlt.draw_units(1, square, s.mask_style, s.mask_ratio, s.mask_unit, data.generator("check"))  # refuses a unit that does not fit
     model = mvlt.MVLT(config)
     if old:
         transplant(old, model, heads_too=old.labels == labels)
@@ -747,7 +752,8 @@ def main(args, given, changes):
     say("\n".join(f"{name:16} {value}" for name, value in {**asdict(s), **asdict(config)}.items()))
     say(f"{len(train.rows)} training and {len(val.rows)} validation pairs of {folder}, {len(tokenizer)} words, captions of up to {train.tokens.shape[1]}, "
         f"{len(labels['category'])} categories, {len(labels['subcategory'])} sub-categories")
-    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {said}; {s.steps} steps of {s.batch_size} pairs on {evaluation.world()} x {device.type}")
+    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {said}; "
+        f"{s.steps} steps of {s.batch_size} pairs on {evaluation.world()} x {device.type}")
     if first:
         (out / "config.json").write_text(json.dumps({"run": asdict(s), "config": asdict(config)}, indent=1))
         tokenizer.save(out / "vocab.txt")
