@@ -96,12 +96,8 @@ class Ours:
         return mvlt.mlm_loss(model.predict_words(text, where), words[where])
 
 
-def linear(layer, x):
-    return F.linear(x, layer.weight, layer.bias)
-
-
 class Usual:
-    """The same weights, used as the authors' code uses theirs; of `mvlt.py` only word input, norms and text heads are called."""
+    """The same weights, used as the authors' code uses theirs."""
 
     optimizer = dict(foreach=False, fused=False)
 
@@ -118,39 +114,27 @@ class Usual:
 
     def stage(self, stage, image, text, seen):
         words = text.shape[1]
-        m = stage.norm_text(linear(stage.embed_text, text)) + stage.position_text[:words]
-        n = F.conv2d(image, stage.embed_image.weight, stage.embed_image.bias, stride=stage.embed_image.stride)
+        m = stage.norm_text(stage.embed_text(text)) + stage.position_text[:words]
+        n = stage.embed_image(image)
         side = n.shape[2]
         z = torch.cat([m, stage.norm_image(n.flatten(2).transpose(1, 2)) + stage.position_image], dim=1)
         for block in stage.blocks:
             z = z + block.drop_path(self.attention(block.attn, block.norm1(z), words, side, seen))
-            z = z + block.drop_path(linear(block.mlp.fc2, F.gelu(linear(block.mlp.fc1, block.norm2(z)))))
+            z = z + block.drop_path(block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(z)))))  # the hidden layer is kept
         return z[:, words:].transpose(1, 2).reshape(len(z), -1, side, side).contiguous(), z[:, :words]
 
     def attention(self, attention, z, words, side, seen):
-        B, T, D = z.shape
-        keys, heads = z, attention.heads
-        if attention.sr is not None:
-            grid = z[:, words:].transpose(1, 2).reshape(B, D, side, side)
-            reduced = F.conv2d(grid, attention.sr.weight, attention.sr.bias, stride=attention.sr.stride)
-            keys = torch.cat([z[:, :words], attention.norm(reduced.flatten(2).transpose(1, 2))], dim=1)
-        q = linear(attention.q, z).reshape(B, T, heads, D // heads).transpose(1, 2)
-        k, v = linear(attention.kv, keys).reshape(B, -1, 2, heads, D // heads).permute(2, 0, 3, 1, 4)
-        scores = (q @ k.transpose(2, 3)).float() * (D // heads) ** -0.5  # (B, heads, L + N, keys), all of them, in fp32
+        keys = z if attention.sr is None else torch.cat([z[:, :words], attention.reduce(z[:, words:], side)], dim=1)
+        q = attention.q(z).unflatten(2, (attention.heads, -1)).transpose(1, 2)
+        k, v = attention.kv(keys).unflatten(2, (2, attention.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5  # (B, heads, L + N, keys), all of them, in fp32
         padding = ~F.pad(seen, (0, keys.shape[1] - words), value=True)[:, None, None]
         weights = scores.masked_fill(padding, float("-inf")).softmax(dim=-1)
-        return linear(attention.proj, (weights @ v).transpose(1, 2).reshape(B, T, D))
+        return attention.proj((weights @ v).transpose(1, 2).flatten(2))
 
     def rebuild(self, model, visual, batch):
         """Every picture is decoded; then MIR's mean is taken over those that count."""
-        decoder, x = model.decoder, visual[3]
-        for up, skip in zip(decoder.up, (visual[2], visual[1], visual[0])):
-            x = torch.cat([F.conv_transpose2d(x, up.grow.weight, up.grow.bias, stride=2), skip], dim=1)
-            for conv, norm in ((up.join, up.norm1), (up.refine, up.norm2)):
-                x = F.gelu(norm(F.conv2d(x, conv.weight, conv.bias, padding=1)))
-        pixels = F.conv2d(x, decoder.pixels.weight, decoder.pixels.bias, padding=1)
-        rebuilt = F.pixel_shuffle(pixels, decoder.patch_size).float().sigmoid()
-        error = F.smooth_l1_loss(rebuilt, batch.images, reduction="none").mean(dim=(1, 2, 3))
+        error = F.smooth_l1_loss(model.reconstruct(visual), batch.images, reduction="none").mean(dim=(1, 2, 3))
         return (error * batch.rebuild).sum() / batch.rebuild.sum()
 
     def guess(self, model, text, batch):
@@ -427,7 +411,7 @@ def loader(config, size, products, steps):
         start = time.perf_counter()
         _, pictures = data.load(folder, "train", config.image_size)
         opened = time.perf_counter()
-        for batch in data.Batches(pictures, size, seed=0, start=0, stop=steps, mirror=0.5, shift=4):
+        for batch in data.Batches(pictures, size, seed=0, start=0, stop=steps, mirror=0.5, shift=3, zoom=0.2):  # as --preset plus
             data.images_to_float(batch["images"])
         return dict(pictures_per_s=steps * size / (time.perf_counter() - opened), decoded_per_s=len(pictures) / (opened - start))
 
@@ -547,7 +531,7 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=tuple(mvlt.PRESETS), default="tiny")
-    parser.add_argument("--batch-size", type=int, help="pairs in a step, a multiple of 16 (default: 16 on a CPU, 128 on a GPU)")
+    parser.add_argument("--batch-size", type=evaluation.positive, help="pairs in a step, a multiple of 16 (default: 16 on a CPU, 128 on a GPU)")
     parser.add_argument("--quick", action="store_true", help="everything once, on a very small model")
     parser.add_argument("--out", default="bench.json", metavar="FILE")
     return parser.parse_args(arguments)

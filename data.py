@@ -710,20 +710,20 @@ def cache_name(folder, references, size, fit):
     return f"{size}-{fit}-{digest.hexdigest()[:16]}.npy"
 
 
-def decode(folder, references, size, fit, workers):
-    """Yield the pixels and None for each reference, or black and the reason where it cannot be decoded. `workers` threads share the work."""
+def decode(folder, references, size, fit):
+    """Yield the pixels and None for each reference, or black and the reason where it cannot be decoded."""
     def attempt(reference):
         try:
             return picture(folder, reference, size, fit), None
         except DataError as error:
             return np.zeros((size, size, 3), np.uint8), str(error)
 
-    with ThreadPoolExecutor(max(workers, 1)) as pool:  # threads will do: Pillow frees them while it decodes
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads will do: Pillow frees them while it decodes
         for start in range(0, len(references), 1024):  # so many are in memory at once
             yield from pool.map(attempt, references[start:start + 1024])
 
 
-def build_cache(path, folder, references, size, fit, workers):
+def build_cache(path, folder, references, size, fit):
     """Decode all pictures into `path`, and put the reasons why some cannot be decoded beside it, as JSON."""
     needed, free = len(references) * size * size * 3, shutil.disk_usage(path.parent).free
     if needed > free:
@@ -735,7 +735,7 @@ def build_cache(path, folder, references, size, fit, workers):
     bad, header = {}, {"descr": "|u1", "fortran_order": False, "shape": (len(references), size, size, 3)}
     with whole_file(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
-        pixels_and_reasons = decode(folder, references, size, fit, workers)
+        pixels_and_reasons = decode(folder, references, size, fit)
         for reference in tqdm(references, "decoding pictures", delay=1, disable=None):
             pixels, reason = next(pixels_and_reasons)
             file.write(pixels)
@@ -745,7 +745,7 @@ def build_cache(path, folder, references, size, fit, workers):
             reasons.write(json.dumps(bad).encode())
 
 
-def open_pictures(folder, rows, size, fit, cache, workers):
+def open_pictures(folder, rows, size, fit, cache):
     """The rows' pictures out of the cache, built if need be, and {row number: reason} for those that cannot be decoded."""
     check_shape(size, fit)
     references = sorted({row["image"] for row in rows})
@@ -755,7 +755,7 @@ def open_pictures(folder, rows, size, fit, cache, workers):
     if path is None:
         path = writable(places) / name
         try:
-            build_cache(path, folder, references, size, fit, workers)
+            build_cache(path, folder, references, size, fit)
         except OSError as error:
             raise DataError(f"{path.parent}: cannot write the decoded pictures ({error})") from None
     bad = json.loads(path.with_suffix(".json").read_text())
@@ -764,19 +764,19 @@ def open_pictures(folder, rows, size, fit, cache, workers):
     return pictures, {number: bad[row["image"]] for number, row in enumerate(rows) if row["image"] in bad}
 
 
-def load_pictures(folder, rows, size, fit="stretch", cache=None, workers=0):
+def load_pictures(folder, rows, size, fit="stretch", cache=None):
     """The rows' pictures, decoded: what behaves as a (len(rows), size, size, 3) uint8 array. DataError lists those that cannot be."""
-    pictures, bad = open_pictures(folder, rows, size, fit, cache, workers)
+    pictures, bad = open_pictures(folder, rows, size, fit, cache)
     if bad:
         lines = [f"{rows[number].get('where', 'row')}: {reason}" for number, reason in bad.items()]
         raise DataError("\n  ".join([f"{folder}: {len(bad)} rows have bad pictures", *lines]))
     return pictures
 
 
-def load(folder, split, size, fit="stretch", skip_bad=False, cache=None, workers=0):
+def load(folder, split, size, fit="stretch", skip_bad=False, cache=None):
     """Read a split and decode its pictures: (rows, pictures). A bad row or picture ends the run, or is left out of both with skip_bad."""
     rows, bad = read_all(folder, split)
-    pictures, undecoded = open_pictures(folder, rows, size, fit, cache, workers)
+    pictures, undecoded = open_pictures(folder, rows, size, fit, cache)
     bad += [f"{rows[number]['where']}: {reason}" for number, reason in undecoded.items()]
     good = [number for number in range(len(rows)) if number not in undecoded]
     rows = settle(folder, split, [rows[number] for number in good], bad, skip_bad)

@@ -16,7 +16,8 @@ Read it beside the paper: Table 1 is `Config`, Eq. 1 and 2 are `Stage`, Eq. 3 an
                                                                      '-- mean of T4        -> caption tower
 
 Letters: B batch, L words, H and W the picture's sides, P patch side, N = HW/P^2 patches, k the stage 1..4, D_k its width, M_k its depth,
-R the spatial reduction of keys and values, alpha P the side of a masking unit, Q the number of units, r_v and r_l the ratios hidden.
+R PVT's reduction of keys and values (Table 1's R_k, 4 to 32, is image_size / side(k)), alpha P the side of a masking unit, Q the number of
+units, r_v and r_l the ratios hidden.
 Departures from the paper and from the authors' code are said on the line where they happen; the README lists them.
 """
 import argparse
@@ -48,7 +49,7 @@ class Config:
     depths: tuple = (2, 2, 2, 2)  # M_k
     heads: tuple = (1, 2, 5, 8)
     mlp_ratios: tuple = (8, 8, 4, 4)
-    sr_ratios: tuple = (8, 4, 2, 1)  # R: keys and values see R x R patches as one
+    sr_ratios: tuple = (8, 4, 2, 1)  # R, PVT's: keys and values see R x R patches as one
     drop_path: float = 0.1  # of the last block; the first has 0, those between a share in proportion
     dropout: float = 0.1  # of the word input
     attend_padding: bool = False  # True: as the authors' code does, see `load_official`
@@ -58,15 +59,19 @@ class Config:
 
     def __post_init__(self):
         for name in ("dims", "depths", "heads", "mlp_ratios", "sr_ratios"):
-            value = tuple(getattr(self, name))  # a list, when the configuration comes from JSON
-            object.__setattr__(self, name, value)
-            require(len(value) == 4 and all(type(v) is int and v > 0 for v in value), name, "must be four positive whole numbers", value)
+            value = getattr(self, name)
+            if isinstance(value, list):  # from JSON
+                object.__setattr__(self, name, value := tuple(value))
+            good = isinstance(value, tuple) and len(value) == 4 and all(type(v) is int and v > 0 for v in value)
+            require(good, name, "must be four positive whole numbers", value)
         least = dict(image_size=1, patch_size=1, vocab_size=1, token_dim=1, embed_dim=1, text_len=2, n_category=0, n_subcategory=0)
         for name, bound in least.items():
             value = getattr(self, name)
             require(type(value) is int and value >= bound, name, f"must be a whole number, {bound} or more", value)
         for name in ("drop_path", "dropout"):
-            require(0 <= getattr(self, name) < 1, name, "must lie in [0, 1)", getattr(self, name))
+            value = getattr(self, name)
+            require(isinstance(value, (int, float)) and 0 <= value < 1, name, "must lie in [0, 1)", value)
+        require(type(self.attend_padding) is bool, "attend_padding", "must be True or False", self.attend_padding)
         coarsest = 8 * self.patch_size  # what one position of V4 covers
         require(self.image_size % coarsest == 0, "image_size", f"must be a multiple of 8 patch_size = {coarsest}", self.image_size)
         for k, (dim, heads, reduction) in enumerate(zip(self.dims, self.heads, self.sr_ratios)):
@@ -122,7 +127,7 @@ def attend(q, k, v, seen):
     """softmax(q k^T / sqrt(d)) v over the keys that `seen` lets through."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # written out: the keys are few, and in bf16 on a CPU this is 2 to 10 times as fast
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # written out: the keys are few, and on a CPU a bf16 training step is up to 7 times as fast so
     if seen is not None:
         scores = scores.masked_fill(~seen, float("-inf"))
     return scores.softmax(dim=-1) @ v
@@ -390,7 +395,7 @@ class MVLT(nn.Module):
 
 
 def initialise(module):
-    """PVT's: normal of 0.02 cut at two sigma for Linear, embeddings and positions, 0 for biases; convolutions keep PyTorch's default."""
+    """PVT's normal of 0.02, here cut at two sigma, for Linear, embeddings and positions, 0 for biases; convolutions keep PyTorch's default."""
     for name, parameter in module.named_parameters(recurse=False):
         if isinstance(module, (nn.Linear, nn.Embedding)) and name == "weight" or name.startswith(("position", "segment")):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
@@ -415,7 +420,7 @@ MASK_STYLES = ("random", "grid", "stroke", "center")
 def draw_units(batch, size, style="random", ratio=0.5, unit=16, generator=None):
     """
     Phi of Eq. 4: which parts of each picture of size (H, W) to hide. Returns (batch, 1, h, w) bool, True = hidden: one entry per unit of
-    unit x unit pixels (alpha P; h = H/unit) for "random" and "grid", one per pixel for "stroke" and "center".
+    unit x unit pixels (alpha P; h = H/unit) for "random" and "grid", one per pixel for "stroke" (a brush `unit` wide) and "center".
     """
     require(style in MASK_STYLES, "mask style", f"must be one of {', '.join(MASK_STYLES)}", style)
     require(0 <= ratio <= 1, "mask ratio", "must lie in [0, 1]", ratio)
@@ -488,12 +493,11 @@ def mask_tokens(tokens, vocab_size, mask_id, special_ids, ratio=0.15, generator=
     special = torch.zeros(vocab_size, dtype=torch.bool)
     special[list(special_ids)] = True
     ordinary = (~special).nonzero().flatten()
-    require(len(ordinary) > 0, "special_ids", "must leave an ordinary word", vocab_size)
+    require(len(ordinary) > 0, "vocab_size", "must leave an ordinary word beside special_ids", vocab_size)
 
     chance = torch.rand(tokens.shape, generator=generator).masked_fill(special[tokens.cpu()], 2)
-    chosen = chance < max(ratio, 1e-9)
     least = chance.amin(dim=1, keepdim=True)
-    where = (chosen | (chance == least)) & (chance < 2) if ratio else torch.zeros_like(chosen)
+    where = ((chance < ratio) | (chance == least)) & (chance < 2) & (ratio > 0)
     fate = torch.rand(tokens.shape, generator=generator)  # a second draw, so that the one word that had to be chosen is treated as any other
     drawn = ordinary[torch.randint(len(ordinary), tokens.shape, generator=generator)]
 
@@ -514,12 +518,12 @@ def mir_loss(rebuilt, images):
 
 def itm_loss(logits, matched):
     """Eq. 6: logits (B, 2), matched (B,) bool or 0/1."""
-    return mean_or_zero(F.cross_entropy(logits.float(), matched.long(), reduction="none"))
+    return cross_entropy(logits, matched.long())
 
 
 def mlm_loss(logits, words):
     """Eq. 7: logits (n, vocabulary) at the n hidden positions, words (n,) what stood there."""
-    return mean_or_zero(F.cross_entropy(logits.float(), words, reduction="none"))
+    return cross_entropy(logits, words)
 
 
 def itc_loss(image_vectors, text_vectors, log_scale, same):
@@ -528,10 +532,11 @@ def itc_loss(image_vectors, text_vectors, log_scale, same):
     same (B, B) bool: True where two entries are one product or have one caption; off the diagonal these are no negatives.
     """
     scale = log_scale.float().clamp(max=math.log(100)).exp()
-    logits = scale * image_vectors.float() @ text_vectors.float().T  # fp32: in bf16 one step near 14 is 0.06
+    with torch.autocast(image_vectors.device.type, enabled=False):  # fp32: in bf16 one step near 14 is 0.06
+        logits = scale * image_vectors.float() @ text_vectors.float().T
     own = torch.arange(len(logits), device=logits.device)
     logits = logits.masked_fill(same & (own[:, None] != own), float("-inf"))
-    return (mlm_loss(logits, own) + mlm_loss(logits.T, own)) / 2
+    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
 
 
 def hard_negatives(logits, same, generator=None):
@@ -546,12 +551,17 @@ def hard_negatives(logits, same, generator=None):
 
 def recognition_loss(logits, classes):
     """Cross-entropy over the pictures whose class is known: classes (B,), -1 = unknown."""
-    return mean_or_zero(F.cross_entropy(logits[classes >= 0].float(), classes[classes >= 0], reduction="none"))
+    return cross_entropy(logits[classes >= 0], classes[classes >= 0])
 
 
 def total_loss(parts, weights={"mir": 10, "itm": 1, "mlm": 1}):
     """Eq. 8: the weighted sum of the parts that are there."""
     return sum(weights[name] * part for name, part in parts.items())
+
+
+def cross_entropy(logits, right):
+    """logits (n, classes), right (n,) class ids."""
+    return mean_or_zero(F.cross_entropy(logits.float(), right, reduction="none"))
 
 
 def mean_or_zero(losses):

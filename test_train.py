@@ -251,6 +251,12 @@ def test_accumulation_equals_one_large_batch(plain, shop, tmp_path, micro_batch)
     assert_close(out, plain)
 
 
+def test_a_step_in_which_nothing_is_hidden_teaches_mir_nothing(shop, tmp_path):
+    still = "--objectives mir --mask-image-prob 0 --steps 1 --weight-decay 0".split()
+    one, other = (weights_of(in_process(tmp_path / lr, *TINY, *still, "--data", shop, "--lr", lr)) for lr in ("1e-3", "1e-1"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("changed", [["--seed", 1], ["--lr", 1.01e-3], ["--objectives", "mir,itm,mlm,itc"]])
 def test_another_setting_gives_other_weights(plain, shop, tmp_path, changed):
     """So that the tolerance of the laws above is one that a difference would break."""
@@ -411,7 +417,7 @@ def test_a_loss_that_is_no_number_names_itself_and_keeps_the_last_good_checkpoin
     before = (run / "last.pt").read_bytes()
     poison = lambda rebuilt, images: rebuilt.sum() * math.nan
     monkeypatch.setattr(mvlt, "mir_loss", poison)
-    with pytest.raises(train.RunError, match=rf"step 6: the loss mir is nan \(rows \d+, \d+, \d+, \d+, ...\); {run}/last.pt is from before it"):
+    with pytest.raises(train.RunError, match=rf"step 7: the loss mir is nan \(rows \d+, \d+, \d+, \d+, ...\); {run}/last.pt is from before it"):
         in_process(run, "--resume", "--device", "cpu")
     assert (run / "last.pt").read_bytes() == before
 
@@ -542,6 +548,7 @@ IMPOSSIBLE = {
     "--micro-batch -4": "--micro-batch must not be below 0",
     "--shift -1": "--shift must not be below 0",
     "--zoom 1": "--zoom must lie in [0, 1)",
+    "--itm-from 1": "--itm-from must lie in [0, 1)",
     "--workers -1": "--workers must not be below 0",
     "--seed -1": "--seed must not be below 0",
     "--seed 99999999999999999999": "--seed must not be below 0 nor absurdly large",

@@ -4,11 +4,12 @@ Pre-training (Sec. 3.2, 4.1) and fine-tuning (Sec. 3.3), on one process or many,
     python train.py                                                         the toy demo: draw a boutique, train, evaluate, write a report
     torchrun --nproc_per_node=8 train.py --preset paper --data DIR --init pvt_tiny.pth        the paper's run
     torchrun --nproc_per_node=8 train.py --preset plus --data DIR           the same with twin towers and hard negatives (not in the paper)
-    python train.py --task recognise --from runs/1 --data DIR               fine-tune the two recognition heads
+    python train.py --task recognise --from runs/1 --data DIR               fine-tune for recognition, M-CR and S-CR
     python train.py --out runs/1 --resume                                   go on where runs/1 stopped, exactly
 
-Everything random depends on (seed, step) alone and is drawn for the global batch of G pairs, of which each process takes its slice. So any
-number of processes, loaders and micro-batches computes the same steps, and a resumed run repeats the unbroken one.
+Batches, masks and negatives depend on (seed, step) alone and are drawn for the global batch of G pairs, of which each process takes its
+slice; dropout depends on where the slice begins, too. So a resumed run repeats the unbroken one, and any number of processes, loaders and
+micro-batches computes the same steps but for dropout.
 Every field of `Settings` and of `mvlt.Config` is a flag of its own name.
 """
 import argparse
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -67,7 +69,7 @@ def usage():
 class Settings:
     """One run. The defaults are the demo's: a nano model, the toy boutique, a laptop."""
 
-    task: str = "pretrain"  # or recognise: the heads of M-CR and S-CR alone
+    task: str = "pretrain"  # or recognise: fine-tune everything for M-CR and S-CR alone
     preset: str = "demo"
     model: str = "nano"  # a preset of mvlt.Config
     data: str = ""  # a folder that data.py reads; empty: the toy boutique, drawn into ./toy
@@ -115,14 +117,22 @@ class Settings:
     save_every: int = 160  # also validates and draws samples
     tensorboard: bool = False
 
+    @property
+    def chosen(self):
+        return self.objectives.split(",")
+
+    @property
+    def weights(self):
+        return {name: getattr(self, f"w_{name}") for name in OBJECTIVES}
+
 
 PAPER = dict(
-    model="tiny", objectives="mir,itm,mlm", mask_image_prob=0.5, match_whole=False, itm_negatives="uniform", itm_from=0.0, mirror=0.0, shift=0, zoom=0.0,
-    vocab_words=30522, epochs=150.0, batch_size=1200, lr=2.5e-3, final_lr=1e-5, warmup=5 / 150, workers=4, save_every=1000,
+    model="tiny", objectives="mir,itm,mlm", mask_image_prob=0.5, match_whole=False, itm_negatives="uniform", itm_from=0.0, drop_caption=0.0,
+    mirror=0.0, shift=0, zoom=0.0, vocab_words=30522, epochs=150.0, batch_size=1200, lr=2.5e-3, final_lr=1e-5, warmup=5 / 150, workers=4, save_every=1000,
 )  # Sec. 4.1; epochs, warm-up and final learning rate from the authors' code
 PLUS = dict(
     PAPER, objectives="mir,itm,mlm,itc", mask_image_prob=0.25, match_whole=True, itm_negatives="hard", itm_from=0.4, hard_from=0.6, alike=8,
-    mirror=0.5, shift=3, zoom=0.2, lr=1e-3,
+    drop_caption=0.2, mirror=0.5, shift=3, zoom=0.2, lr=1e-3,
 )  # twin towers, negatives that are hard, and pictures never twice the same
 PRESETS = {"demo": {}, "paper": PAPER, "plus": PLUS}
 RECOGNISE = dict(objectives="cr", itm_from=0.0, mask_image_prob=0.0, lr=5e-4)
@@ -183,9 +193,10 @@ def resolve(given, base=None):
     for field in fields(s):
         value = getattr(s, field.name)
         mvlt.require(field.type is not float or math.isfinite(value), flag(field.name), "must be a finite number", value)
-    for name in ("mask_ratio", "mask_words", "mask_image_prob", "itm_from", "hard_from", "drop_caption", "mirror", "warmup"):
+    for name in ("mask_ratio", "mask_words", "mask_image_prob", "hard_from", "drop_caption", "mirror", "warmup"):
         mvlt.require(0 <= getattr(s, name) <= 1, flag(name), "must lie in [0, 1]", getattr(s, name))
-    mvlt.require(0 <= s.zoom < 1, "--zoom", "must lie in [0, 1)", s.zoom)
+    for name in ("itm_from", "zoom"):
+        mvlt.require(0 <= getattr(s, name) < 1, flag(name), "must lie in [0, 1)", getattr(s, name))
     for name in ("batch_size", "alike", "lr", "clip", "log_every", "save_every", "vocab_words"):
         mvlt.require(getattr(s, name) > 0, flag(name), "must be above 0", getattr(s, name))
     for name in ("w_mir", "w_itm", "w_mlm", "w_itc", "w_cr", "epochs", "shift", "micro_batch", "final_lr", "weight_decay", "workers", "seed"):
@@ -195,12 +206,12 @@ def resolve(given, base=None):
     mvlt.require(not (s.start and s.init), "--from and --init", "exclude each other", (s.start, s.init))
     mvlt.require(not (s.start and "model" in given), "--from", "brings its own shape, --model", s.model)
     mvlt.require(not (s.start and s.vocab), "--from", "brings its own words, --vocab", s.vocab)
-    chosen = s.objectives.split(",")
-    mvlt.require(len(set(chosen)) == len(chosen) and set(chosen) <= set(OBJECTIVES), "--objectives", f"must name some of {','.join(OBJECTIVES)}", s.objectives)
-    if s.itm_negatives == "hard" and "itm" in chosen:
-        mvlt.require("itc" in chosen, "--itm-negatives hard", "needs the towers: add itc to --objectives", s.objectives)
-    mvlt.require(s.modality == "both" or chosen == ["cr"], "--modality", "must be both, unless --task recognise", s.modality)
-    mvlt.require(s.task == "pretrain" or chosen == ["cr"], "--objectives", "must be cr alone with --task recognise", s.objectives)
+    known = len(set(s.chosen)) == len(s.chosen) and set(s.chosen) <= set(OBJECTIVES)
+    mvlt.require(known, "--objectives", f"must name some of {','.join(OBJECTIVES)}, each once", s.objectives)
+    if s.itm_negatives == "hard" and "itm" in s.chosen:
+        mvlt.require("itc" in s.chosen, "--itm-negatives hard", "needs the towers: add itc to --objectives", s.objectives)
+    mvlt.require(s.modality == "both" or s.chosen == ["cr"], "--modality", "must be both, unless --task recognise", s.modality)
+    mvlt.require(s.task == "pretrain" or s.chosen == ["cr"], "--objectives", "must be cr alone with --task recognise", s.objectives)
     if dist.is_initialized():
         mvlt.require(s.batch_size >= dist.get_world_size(), "--batch-size", f"must be at least the number of processes, {dist.get_world_size()}", s.batch_size)
     return s
@@ -249,13 +260,13 @@ def same_product(pairs, rows):
     return (products[:, None] == products) | (captions[:, None] == captions)
 
 
-def plan_step(step, rows, pairs, s, config, tokenizer, hard=None):
+def plan_step(step, rows, pairs, s, config, tokenizer, similar=None):
     """
-    Half of the pairs get another's caption; pictures and words are hidden; some captions are left away, for recognition. `hard` (G,) holds,
-    for each pair, the place in the batch of the caption that the towers find alike, -1 for none. MIR and MLM count matched pairs only, and
-    MIR only pictures with something hidden.
+    Half of the pairs get another's caption (with match_whole: of those with nothing hidden); pictures and words are hidden; some captions
+    are left away, for recognition. `similar` (G,) holds, for each pair, the place in the batch of a caption that the towers find alike, -1
+    for none. MIR and MLM count matched pairs only, and MIR only pictures with something hidden.
     """
-    G, objectives, draw = len(rows), s.objectives.split(","), lambda what: data.generator(s.seed, step, what)
+    G, objectives, draw = len(rows), s.chosen, lambda what: data.generator(s.seed, step, what)
     hide_image = torch.rand(G, generator=draw("hide")) < s.mask_image_prob
     matched = torch.randperm(G, generator=draw("match")) % 2 == 0 if "itm" in objectives else torch.ones(G, dtype=torch.bool)
     if s.match_whole:
@@ -265,8 +276,8 @@ def plan_step(step, rows, pairs, s, config, tokenizer, hard=None):
     if not matched.all():
         groups = pairs.groups if s.itm_negatives == "subcategory" else None
         other = data.draw_negatives(rows, pairs.products, pairs.captions, draw("negatives"), groups)
-        if hard is not None:
-            other = torch.where(hard >= 0, rows[hard], other)
+        if similar is not None:
+            other = torch.where(similar >= 0, rows[similar], other)
         caption_rows = torch.where(matched, rows, other)
     words = pairs.tokens[caption_rows]
     whole = matched & ~hide_image
@@ -294,13 +305,13 @@ def share(counted, part):
 
 def fused_losses(model, images, plan, part, rows, pairs, s, empty_caption):
     """MIR, ITM, MLM and recognition of the pairs `part` (a slice of the global batch), read together once."""
-    device, objectives, losses = images.device, s.objectives.split(","), {}
+    device, objectives, losses = images.device, s.chosen, {}
     tokens, where = plan.tokens[part].to(device), plan.where[part].to(device)
     if s.modality == "image":
         tokens = empty_caption.to(device).expand(len(images), -1)
     masked, _ = mvlt.hide(images, plan.units[part])
     visual, text = model.encode(None if s.modality == "text" else masked, tokens)
-    if "mir" in objectives and plan.count_mir[part].any():
+    if "mir" in objectives and plan.count_mir[part].any():  # for no picture, pixel_shuffle has no gradient
         chosen = plan.count_mir[part].to(device)
         losses["mir"] = share(plan.count_mir, part) * mvlt.mir_loss(model.reconstruct([v[chosen] for v in visual]), images[chosen])
     if "itm" in objectives:
@@ -349,7 +360,7 @@ def step_backward(model, batch, pairs, s, tokenizer, autocast, towers_only, hard
     images = [data.images_to_float(batch["images"][part.start - lo : part.stop - lo].to(device, non_blocking=True)) for part in parts]
     keys = [(s.seed, batch["step"], part.start) for part in parts]
     totals, similar = {}, None
-    contrast, words, same = "itc" in s.objectives.split(","), data.trim(pairs.tokens[rows]), same_product(pairs, rows)
+    contrast, words, same = "itc" in s.chosen, data.trim(pairs.tokens[rows]), same_product(pairs, rows)
 
     if contrast:
         with torch.set_grad_enabled(len(parts) == 1), autocast():  # several parts are read again below, one at a time, with gradients
@@ -357,7 +368,7 @@ def step_backward(model, batch, pairs, s, tokenizer, autocast, towers_only, hard
         world = evaluation.world()
         everyone = gather(torch.cat(vectors, dim=1), [s.batch_size * r // world for r in range(world + 1)])
         if hard:
-            logits = everyone[0] @ everyone[1].T * model.log_scale.detach().exp()
+            logits = evaluation.as_logit(model, everyone[0] @ everyone[1].T)
             similar = mvlt.hard_negatives(logits.cpu(), same, data.generator(s.seed, batch["step"], "hard"))
             easy = torch.rand(len(rows), generator=data.generator(s.seed, batch["step"], "easy")) < 0.5
             similar[easy] = -1  # half stay uniform: with hard ones alone, ITM forgets the easy
@@ -376,8 +387,8 @@ def step_backward(model, batch, pairs, s, tokenizer, autocast, towers_only, hard
             if plan:
                 reseed(*keys[i], "fusion")
                 losses.update(fused_losses(model, images[i], plan, part, rows, pairs, s, empty_caption))
-            weighted = mvlt.total_loss(losses, {name: getattr(s, f"w_{name}") for name in OBJECTIVES})
-        weighted.backward()
+        if losses:  # there is none where MIR alone is trained and nothing is hidden
+            mvlt.total_loss(losses, s.weights).backward()
         if contrast and part.start > 0:
             del losses["itc"]  # already the whole batch's: reported once
         for name, loss in losses.items():
@@ -430,7 +441,9 @@ def find_data(s):
 
 def check_negatives(s, train, val):
     """Matching needs another product for every pair: say now where there is none, and not in the middle of the night."""
-    for split, pairs in (("train", train), ("val", val)) if "itm" in s.objectives.split(",") else ():
+    if "itm" not in s.chosen:
+        return
+    for split, pairs in (("train", train), ("val", val)):
         try:
             if split == "train" or len(pairs.rows) > 1:  # a single pair is never mismatched
                 data.draw_negatives(torch.arange(len(pairs.rows)), pairs.products, pairs.captions, data.generator("check"))
@@ -488,8 +501,7 @@ HEADS = {"mir": "decoder", "itm": "match_head", "mlm": "word_head", "itc": "(ima
 
 def choose_trained(model, s):
     """Freeze what no objective of this run reaches, so that weight decay does not wear it away."""
-    objectives = s.objectives.split(",")
-    unused = [pattern for name, pattern in HEADS.items() if name not in objectives]
+    unused = [pattern for name, pattern in HEADS.items() if name not in s.chosen]
     if s.modality == "text":
         unused.append(r"stages\.\d\.(embed_image|norm_image|position_image|blocks\.\d+\.attn\.(sr|norm))")
     for name, parameter in model.named_parameters():
@@ -590,7 +602,7 @@ class Log:
         self.bar.update(step - self.bar.n)
 
     def losses(self, step, epoch, losses, **more):
-        total = mvlt.total_loss(losses, {name: getattr(self.s, f"w_{name}") for name in OBJECTIVES})
+        total = mvlt.total_loss(losses, self.s.weights)
         line = dict(step=step, epoch=round(epoch, 3), loss=total, **losses, **more, images_per_s=self.seen / (time.time() - self.since))
         self.file.write(json.dumps(line) + "\n")
         shown = "  ".join(f"{name} {value:.4g}" for name, value in line.items() if name != "step")
@@ -631,7 +643,8 @@ def check_finite(step, losses, rows, last):
     for name, value in losses.items():
         if not math.isfinite(value):
             kept = f"{last} is from before it" if last.exists() else "nothing was saved yet"
-            raise RunError(f"step {step}: the {name} is {value} (rows {', '.join(map(str, rows))}, ...); {kept}. A lower --lr, or --no-bf16, may help")
+            read = f" (rows {', '.join(map(str, rows))}, ...)" if rows else ""
+            raise RunError(f"step {step}: the {name} is {value}{read}; {kept}. A lower --lr, or --no-bf16, may help")
 
 
 def plain(value):
@@ -640,18 +653,18 @@ def plain(value):
 
 def validate(model, pairs, s, tokenizer, autocast, limit=512):
     """The losses on fixed batches of the validation split, how the towers rank within it, and how often recognition is right."""
-    n, losses, right, objectives = min(limit, len(pairs.rows)), {}, [], s.objectives.split(",")
+    n, losses, right = min(limit, len(pairs.rows)), {}, []
     device = next(model.parameters()).device
     with evaluation.at_rest(model), autocast():
         for rows, images in whole_pictures(pairs, n, s, device):
             plan, part = plan_step(f"validation {int(rows[0])}", rows, pairs, s, model.config, tokenizer), slice(0, len(rows))
             for name, loss in fused_losses(model, images, plan, part, rows, pairs, s, torch.tensor(tokenizer.encode(""))).items():
                 losses[name] = losses.get(name, 0) + float(loss) * len(rows) / n
-            if "cr" in objectives:
+            if "cr" in s.chosen:
                 tokens = torch.tensor(tokenizer.encode("")).expand(len(rows), -1) if s.modality == "image" else data.trim(pairs.tokens[rows])
                 _, text = model.encode(None if s.modality == "text" else images, tokens.to(device))
                 right += [(logits.argmax(1).cpu() == classes[rows]) for logits, classes in zip(model.recognise(text), (pairs.categories, pairs.subcategories))]
-        if "itc" in objectives:
+        if "itc" in s.chosen:
             losses |= towers_recall(model, pairs, s, min(4 * limit, len(pairs.rows)))
     if right:
         losses["cr_accuracy"] = torch.cat(right).double().mean().item()
@@ -661,14 +674,14 @@ def validate(model, pairs, s, tokenizer, autocast, limit=512):
 def whole_pictures(pairs, n, s, device):
     """The first n rows of a split in batches: (row numbers, their pictures)."""
     for rows in torch.arange(n).split(min(s.batch_size, 128)):
-        yield rows, data.images_to_float(torch.from_numpy(pairs.pictures[rows.numpy()]).permute(0, 3, 1, 2).to(device))
+        yield rows, evaluation.floats(pairs.pictures, rows, device)
 
 
 def towers_recall(model, pairs, s, n):
     """R@1 of the towers over the first n rows, each among the other products of its sub-category, as `eval.py` draws candidates."""
     device, rows = next(model.parameters()).device, torch.arange(n)
-    read = [read_towers(model, images, data.trim(pairs.tokens[some]), (s.seed, int(some[0]))).cpu() for some, images in whole_pictures(pairs, n, s, device)]
-    image, text = torch.cat(read, dim=1)
+    read = [read_towers(model, images, data.trim(pairs.tokens[some]), (s.seed, int(some[0]))) for some, images in whole_pictures(pairs, n, s, device)]
+    image, text = torch.cat(read, dim=1).double().cpu()  # exact: in bf16 close ones would tie
     groups, own = pairs.groups[:n], torch.eye(n, dtype=torch.bool)
     similar = (text @ image.T).masked_fill((same_product(pairs, rows) | (groups[:, None] != groups)) & ~own, -2)
     return {f"{way}_towers": (torch.as_tensor(evaluation.ranks(scores, rows)) == 1).double().mean().item() for way, scores in (("tir", similar), ("itr", similar.T))}
@@ -680,13 +693,13 @@ def goodness(val, s):
         return val["tir_towers"] + val["itr_towers"]
     if s.task == "recognise":
         return val["cr_accuracy"]
-    return -sum(getattr(s, f"w_{name}") * val[name] for name in OBJECTIVES if name in val)
+    return -mvlt.total_loss({name: val[name] for name in s.chosen if name in val}, s.weights)
 
 
 def draw_samples(model, pairs, s, path, shown=8):
     """A PNG: hidden, rebuilt, original, one column per picture."""
-    rows = np.arange(min(shown, len(pairs.rows)))
-    originals = data.images_to_float(torch.from_numpy(pairs.pictures[rows]).permute(0, 3, 1, 2)).contiguous()
+    rows = torch.arange(min(shown, len(pairs.rows)))
+    originals = evaluation.floats(pairs.pictures, rows, "cpu")
     masked, _ = mvlt.mask_images(originals, s.mask_style, s.mask_ratio, s.mask_unit, data.generator(s.seed, "samples"))
     with evaluation.at_rest(model) as device:
         visual, _ = model.encode(masked.to(device), pairs.tokens[rows].to(device))
@@ -719,7 +732,7 @@ def main(args, given, changes):
     rows = data.read(folder, "train", args.skip_bad)
     tokenizer = data.Tokenizer(saved["vocabulary"]) if saved else (evaluation.load_run(s.start)[1] if s.start else find_words(s, folder, rows))
     labels = {field: data.class_names(rows, field) for field in ("category", "subcategory")}
-    if "cr" in s.objectives.split(",") and not all(labels.values()):
+    if "cr" in s.chosen and not all(labels.values()):
         raise RunError(f"--objectives {s.objectives}: recognition needs category and subcategory in {folder}")
 
     # model and optimiser
@@ -766,7 +779,7 @@ def main(args, given, changes):
             raise RunError(f"step {step}: {path} cannot be written, is the disk full? ({error.__context__ or error}); what was saved before is intact") from None
 
     # loop
-    names, rows_of = s.objectives.split(","), functools.partial(rows_of_step, pairs=train, s=s)
+    names, rows_of = s.chosen, functools.partial(rows_of_step, pairs=train, s=s)
     batches = data.Batches(train.pictures, s.batch_size, s.seed, step, s.steps, evaluation.rank(), evaluation.world(), s.mirror, s.shift, s.zoom, s.workers, rows_of)
     model.train()
     with asked_to_stop() as asked:
@@ -778,7 +791,8 @@ def main(args, given, changes):
             totals = step_backward(model, batch, train, s, tokenizer, autocast, towers_only, hard)
             losses, stop = sum_over_processes(model, totals, names, bool(asked))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip).item()
-            check_finite(step, {**{f"loss {name}": loss for name, loss in losses.items()}, "gradient's norm": norm}, batch["rows"][:4].tolist(), out / "last.pt")
+            numbers = {**{f"loss {name}": loss for name, loss in losses.items()}, "gradient's norm": norm}
+            check_finite(step + 1, numbers, batch["rows"][:4].tolist(), out / "last.pt")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -814,8 +828,6 @@ def memory(device):
     """GB: the most that a GPU had allocated, or what this process has had resident."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    import resource
-
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
 
 
