@@ -334,7 +334,10 @@ def manifest_csv(path):
     """One record a line (more where a quoted field goes on), under a header that names the fields."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         lines = csv.reader(file, strict=True)
-        header = next(lines, [])
+        try:
+            header = next(lines, [])
+        except csv.Error as error:
+            raise DataError(f"{path}:1: bad CSV ({error})") from None
         lacking = [name for name in ("image", "caption", "product_id") if name not in header]
         if lacking:
             raise DataError(f"{path}:1: the header lacks {', '.join(lacking)} (it says {','.join(header)!r})")
@@ -461,6 +464,12 @@ def find_sources(folder):
     if len(sources) < len(found) or ("items" in sources and len(sources) > 1):
         raise DataError(f"{folder}: more than one source for a split ({', '.join(sorted({path.name for _, path, _ in found}))})")
     return sources
+
+
+def splits_of(folder):
+    """The splits that can be read from the folder."""
+    sources = find_sources(folder)
+    return [split for split in SPLITS if split in sources or "items" in sources or (split == "val" and "train" in sources)]
 
 
 def fraction(product_id):
@@ -803,10 +812,15 @@ def numbered(names):
     return torch.tensor([number.setdefault(name, len(number)) if name else -1 for name in names], dtype=torch.int64)
 
 
+def plain_caption(row):
+    """Case and spaces tell no captions apart."""
+    return " ".join(row["caption"].lower().split())
+
+
 def identities(rows):
     """What `draw_negatives` asks of a catalogue: (products, captions, groups), each (len(rows),) int64. A group is a sub-category, -1 is none."""
     products = numbered([row["product_id"] for row in rows])
-    captions = numbered([" ".join(row["caption"].lower().split()) for row in rows])  # case and spaces tell no captions apart
+    captions = numbered(list(map(plain_caption, rows)))
     groups = numbered([row["subcategory"] and f"{row['category']}/{row['subcategory']}" for row in rows])
     return products, captions, groups
 
@@ -929,7 +943,7 @@ class Batches:
 
     def __iter__(self):
         own = torch.Generator()  # otherwise the DataLoader would draw from the global one
-        return iter(DataLoader(self, None, sampler=self.steps, num_workers=self.workers, collate_fn=dict, generator=own))
+        return iter(DataLoader(self, None, sampler=self.steps, num_workers=self.workers, collate_fn=dict, generator=own))  # dict: the sample as it is
 
 
 def through_windows(pictures, moves, sides):
@@ -971,10 +985,8 @@ def open_all(folder, references):
 
 def folder_report(folder):
     """Read all that a folder holds. Returns the lines of the report, the bad rows as "file:line: reason", and the good rows."""
-    sources = find_sources(folder)
-    present = [split for split in SPLITS if split in sources or "items" in sources or (split == "val" and "train" in sources)]
     splits, bad = {}, {}  # the same bad row may come with two splits cut from one file
-    for split in present:
+    for split in splits_of(folder):
         splits[split], lines = read_all(folder, split)
         bad |= dict.fromkeys(lines)
     good, undecoded = open_all(folder, sorted({row["image"] for rows in splits.values() for row in rows}))
@@ -1025,7 +1037,7 @@ def report_duplicates(rows, good):
     """How many captions tell of several products, and how many pictures occur under several names."""
     owners, names = defaultdict(set), defaultdict(list)
     for row in rows:
-        owners[row["caption"]].add(row["product_id"])
+        owners[plain_caption(row)].add(row["product_id"])
     for reference, (_, digest) in good.items():
         names[digest].append(reference)
     shared = [repr(caption) for caption, products in owners.items() if len(products) > 1]
@@ -1075,10 +1087,10 @@ def vocab(arguments):
 def candidates(arguments):
     """Write the retrieval lists of the test split."""
     import eval  # for this command alone: eval imports this file
-    lists = eval.candidates(read(arguments.folder, "test", arguments.skip_bad), seed=arguments.seed)
+    rows = read(arguments.folder, "test", arguments.skip_bad)
+    lists = eval.candidates(rows, seed=arguments.seed)
     out = arguments.out or Path(f"candidates-{arguments.seed}.json")
-    with whole_file(out) as file:
-        file.write(json.dumps(lists).encode())
+    eval.save_candidates(out, [{"tir": lists, "itr": lists}], rows)
     print(f"{len(lists)} lists of {len(lists[0]['candidates'])} candidates: {out}")
 
 

@@ -38,6 +38,7 @@ import report
 from report import DIRECTIONS
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)  # the shares hidden in Fig. 7; Table 3 (a)
+TASKS = {"retrieval": "itm", "recognition": "cr", "generation": "mir"}  # each with the objective that trains a run for it
 FIELDS = {"main": "category", "sub": "subcategory"}  # M-CR and S-CR
 
 
@@ -145,7 +146,7 @@ def candidates(rows, queries=1000, size=101, seed=0):
     products = shelves.get((), [])
     chosen = [products[i] for i in random.permutation(len(products))[:queries]]
     queries = [views[random.integers(len(views))] for views in chosen]
-    captions = [" ".join(row["caption"].lower().split()) for row in rows]
+    captions = list(map(data.plain_caption, rows))
     return [{"query": query, "candidates": draw_list(rows, captions, query, shelves, size, random)} for query in queries]
 
 
@@ -168,7 +169,8 @@ def draw_list(rows, captions, query, shelves, size, random):
                 taken_products.add(rows[row]["product_id"])
                 taken_captions.add(captions[row])
     if len(found) < size:
-        raise ValueError(f"candidates: a list needs {size} products with different captions, this split has {len(found)} for row {query}")
+        raise ValueError(f"candidates: a list needs {size} products with different captions, this split has {len(found)} for row {query}; "
+                         "--full-gallery ranks a small split whole")
     return found
 
 
@@ -181,9 +183,14 @@ def filled(rows, lists):
     return sum(map(outside, lists))
 
 
-def save_candidates(path, draws):
-    """draws: one {"tir": lists, "itr": lists} per draw, both the same lists -> a JSON list of {"query", "candidates", "draw"}."""
-    write_whole(path, json.dumps([{**entry, "draw": i} for i, draw in enumerate(draws) for entry in draw["tir"]]))
+def save_candidates(path, draws, rows):
+    """
+    draws: one {"tir": lists, "itr": lists} per draw, both the same lists -> a JSON list of {"query", "candidates", "draw", "product_id"},
+    the last to tell when row numbers have come to mean other products.
+    """
+    entries = [{**entry, "draw": i, "product_id": rows[entry["query"]]["product_id"]} for i, draw in enumerate(draws) for entry in draw["tir"]]
+    with data.whole_file(path) as file:
+        file.write(json.dumps(entries).encode())
 
 
 def read_candidates(path, rows):
@@ -200,7 +207,7 @@ def read_candidates(path, rows):
         entries = json.loads(path.read_text())
         draws = defaultdict(list)
         for entry in entries:
-            draws[entry.get("draw", 0)].append({"query": entry["query"], "candidates": entry["candidates"]})
+            draws[entry.pop("draw", 0)].append({"query": entry.pop("query"), "candidates": entry.pop("candidates"), **entry})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise data.DataError(f"{path}: not a file of candidate lists ({type(error).__name__}: {error})") from None
     return [{"tir": lists, "itr": lists} for lists in (check_lists(draws[draw], rows, path) for draw in sorted(draws) or [0])]
@@ -211,13 +218,14 @@ def read_pickles(folder, rows):
     number = {Path(row["image"]).name: i for i, row in enumerate(rows)}
     lists = []
     for file in sorted(folder.glob("*.pkl")):
-        entries = data.read_pickle(file)
-        if not isinstance(entries, dict):
-            raise data.DataError(f"{file}: {entries}")
         try:
-            found = [number[entry["img_name"]] for entry in entries.values()]
-        except (KeyError, TypeError) as error:
-            raise data.DataError(f"{file}: {error} is no picture of this split") from None
+            names = [str(entry["img_name"]) for entry in data.read_pickle(file).values()]
+        except (KeyError, TypeError, AttributeError):
+            raise data.DataError(f"{file}: must be a dict of dicts with img_name") from None
+        unknown = [name for name in names if name not in number]
+        if unknown or not names:
+            raise data.DataError(f"{file}: {repr(unknown[0]) + ' is no picture of this split' if unknown else 'names no picture'}")
+        found = [number[name] for name in names]
         lists.append({"query": found[0], "candidates": found})
     return lists
 
@@ -230,6 +238,9 @@ def check_lists(lists, rows, path):
             return f"must hold row numbers from 0 to {len(rows) - 1}"
         if len(found) != len(lists[0]["candidates"]) or len(found) < 2 or len(set(found)) < len(found):
             return "must hold as many rows as the others, at least 2, none twice"
+        product = rows[found[0]]["product_id"]
+        if entry.get("product_id", product) != product:
+            return f"was drawn from other rows: its query was product {entry['product_id']!r}, that row is now {product!r}"
         return "must begin with the query" * (found[0] != entry["query"])
 
     if not lists:
@@ -244,12 +255,6 @@ def check_lists(lists, rows, path):
 # Reading a split with a run
 
 
-def numbers(names):
-    """Equal names get equal numbers, counted in the order in which they first appear: (len(names),) int64."""
-    known = {}
-    return torch.tensor([known.setdefault(name, len(known)) for name in names])
-
-
 class Catalogue(NamedTuple):
     """A split, opened and tokenised once: each distinct picture and caption stands once, however many rows, lists or draws name it."""
 
@@ -262,7 +267,7 @@ class Catalogue(NamedTuple):
     @classmethod
     def of(cls, rows, pictures, tokenizer, config):
         """From what `data.load` returns."""
-        picture_of, caption_of = numbers([row["image"] for row in rows]), numbers([row["caption"] for row in rows])
+        picture_of, caption_of = data.numbered([row["image"] for row in rows]), data.numbered([row["caption"] for row in rows])
         first = [np.unique(of, return_index=True)[1] for of in (picture_of, caption_of)]  # the first row of each
         tokens = data.tokenize([rows[row] for row in first[1]], tokenizer, config.text_len)
         return cls(rows, data.Pictures(pictures.path, pictures.index[first[0]]), tokens, picture_of, caption_of)
@@ -324,7 +329,7 @@ def floats(pictures, numbers, device):
     return data.images_to_float(chosen.to(device).permute(0, 3, 1, 2))
 
 
-def share(batches, compute, width, device, what=None):
+def deal_out(batches, compute, width, device, what=None):
     """
     compute(batch) -> (len(batch), width) for every batch of numbers, the batches dealt out over the processes. Returns (all, width)
     float64, the same in every process and for any number of them. `what` names the progress bar.
@@ -359,7 +364,7 @@ def pair_scores(model, pictures, tokens, pairs, batch_size=256, what=None):
         return (logits[:, 1] - logits[:, 0])[:, None]
 
     with at_rest(model) as device:
-        return share(by_length(tokens[pairs[:, 1]], batch_size), compute, 1, device, what)[where, 0]
+        return deal_out(by_length(tokens[pairs[:, 1]], batch_size), compute, 1, device, what)[where, 0]
 
 
 def tower_vectors(model, pictures, tokens, batch_size=256, what=None):
@@ -374,8 +379,8 @@ def tower_vectors(model, pictures, tokens, batch_size=256, what=None):
 
     width, numbers = model.config.embed_dim, torch.arange(len(pictures))
     with at_rest(model) as device:
-        images = share(numbers.split(batch_size), picture_vectors, width, device, what and f"{what}: pictures")
-        return images, share(by_length(tokens, batch_size), caption_vectors, width, device, what and f"{what}: captions")
+        images = deal_out(numbers.split(batch_size), picture_vectors, width, device, what and f"{what}: pictures")
+        return images, deal_out(by_length(tokens, batch_size), caption_vectors, width, device, what and f"{what}: captions")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -443,7 +448,7 @@ def full_gallery(model, catalogue, queries=None, best=20, seed=0, batch_size=256
     whatever belongs to a product of the query's, so any of a picture's captions counts (COCO 5K). `queries`: that many, else all.
     """
     images, texts = tower_vectors(model, catalogue.pictures, catalogue.tokens, batch_size, what and f"{what}, towers")
-    owner = numbers([row["product_id"] for row in catalogue.rows])
+    owner = data.numbered([row["product_id"] for row in catalogue.rows])
     picture_owner = torch.unique(torch.stack([catalogue.picture_of, owner], dim=1), dim=0)
     caption_owner = torch.unique(torch.stack([catalogue.caption_of, owner], dim=1), dim=0)
     sides = {"tir": (texts, images, caption_owner, picture_owner), "itr": (images, texts, picture_owner, caption_owner)}
@@ -502,35 +507,39 @@ def read_classes(model, catalogue, empty, modality="both", batch_size=256, what=
         return torch.stack([logits.argmax(dim=1) for logits in model.recognise([t.float() for t in text])], dim=1)
 
     with at_rest(model) as device:
-        return share(by_length(tokens, batch_size), compute, 2, device, what)[where].long()
+        return deal_out(by_length(tokens, batch_size), compute, 2, device, what)[where].long()
 
 
 def true_classes(rows, field, names):
-    """The rows' class ids; a class unknown to the run gets an id of its own, which no prediction can hit."""
-    for number, row in enumerate(rows):
-        if not row.get(field):
-            raise data.DataError(f"{row.get('where', f'row {number}')}: has no {field}, which recognition needs")
-    unknown = sorted({row[field] for row in rows} - set(names))
-    if len(unknown) == len({row[field] for row in rows}):
+    """The rows' class ids, -1 for a row without one; a class unknown to the run gets an id of its own, which no prediction can hit."""
+    found = {row.get(field) or "" for row in rows} - {""}
+    if not found:
+        raise data.DataError(f"{field}: no row of this split has one, which recognition needs")
+    unknown = sorted(found - set(names))
+    if len(unknown) == len(found):
         raise data.DataError(f"{field}: the run knows none of this split's classes ({unknown[0]!r}, ...; the run knows {names[0]!r}, ...)")
     ids = {name: i for i, name in enumerate([*names, *unknown])}
-    return np.array([ids[row[field]] for row in rows])
+    return np.array([ids.get(row.get(field), -1) for row in rows])
 
 
 def recognition(rows, labels, predicted):
-    """Accuracy, macro-F and SumC = 100 (accuracy + macro-F) of M-CR ("main") and S-CR ("sub"); unseen: rows of classes the run never saw."""
+    """
+    Accuracy, macro-F and SumC = 100 (accuracy + macro-F) of M-CR ("main") and S-CR ("sub"), over the rows that have a class; unseen: those
+    of classes the run never saw.
+    """
     results = {}
     for column, (part, field) in enumerate(FIELDS.items()):
         true = true_classes(rows, field, labels[field])
-        a, f = accuracy(true, predicted[:, column]), macro_f(true, predicted[:, column])
+        true, guessed = true[true >= 0], predicted[true >= 0, column]
+        a, f = accuracy(true, guessed), macro_f(true, guessed)
         unseen = int((true >= len(labels[field])).sum())
-        results[part] = {"accuracy": a, "macro_f": f, "SumC": 100 * (a + f), "classes": len(np.unique(true)), "unseen": unseen}
+        results[part] = {"accuracy": a, "macro_f": f, "SumC": 100 * (a + f), "rows": len(true), "classes": len(np.unique(true)), "unseen": unseen}
     return results
 
 
 def confusion(true, predicted, names, largest=8):
     """(names of the largest classes, counts): counts[t][p] rows of the t-th class read as the p-th, the last column as any other."""
-    size = np.bincount(true, minlength=len(names))[: len(names)]
+    size = np.bincount(true[true >= 0], minlength=len(names))[: len(names)]
     classes = [c for c in np.argsort(-size, kind="stable")[:largest] if size[c]]
     counts = [[int(((true == t) & (predicted == p)).sum()) for p in classes] for t in classes]
     return [names[c] for c in classes], [row + [int(size[t]) - sum(row)] for row, t in zip(counts, classes)]
@@ -562,9 +571,8 @@ def generation(model, catalogue, style="random", ratio=0.5, unit=16, batch_size=
     pixels alone, and "pasted" (the visible pixels kept, as the mean-colour floor keeps them). A perfect picture counts 100 dB.
     """
     names = ("psnr", "ssim", "psnr_hidden", "psnr_pasted", "ssim_pasted", "floor_psnr", "floor_ssim", "floor_psnr_hidden")
-    caption = torch.zeros(len(catalogue.pictures), dtype=torch.long)
-    caption[catalogue.picture_of.flip(0)] = catalogue.caption_of.flip(0)  # a picture's first caption
-    tokens = catalogue.tokens[caption]
+    first = np.unique(catalogue.picture_of, return_index=True)[1]  # each picture's first row, whose caption it gets
+    tokens = catalogue.tokens[catalogue.caption_of[first]]
 
     def compute(batch):
         images = floats(catalogue.pictures, batch, device)
@@ -576,8 +584,8 @@ def generation(model, catalogue, style="random", ratio=0.5, unit=16, batch_size=
         return torch.stack(values, dim=1).clamp(max=100)
 
     with at_rest(model) as device:
-        means = share(by_length(tokens, batch_size), compute, len(names), device, what).mean(dim=0)
-    return {**dict(zip(names, means.tolist())), "style": style, "ratio": ratio, "unit": unit, "pictures": len(caption)}
+        means = deal_out(by_length(tokens, batch_size), compute, len(names), device, what).mean(dim=0)
+    return {**dict(zip(names, means.tolist())), "style": style, "ratio": ratio, "unit": unit, "pictures": len(tokens)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -606,7 +614,7 @@ def recognition_figure(catalogue, labels, predicted, shown=8):
     """Fig. 6: rows read right and rows with a class read wrong, evenly spread, and the confusion among the largest classes."""
     rows = catalogue.rows
     true = np.stack([true_classes(rows, field, labels[field]) for field in FIELDS.values()], axis=1)
-    right = (true == predicted).all(axis=1)
+    right, known = (true == predicted).all(axis=1), (true >= 0).all(axis=1)
 
     def example(i):
         guess = [labels[field][predicted[i, column]] for column, field in enumerate(FIELDS.values())]
@@ -618,7 +626,7 @@ def recognition_figure(catalogue, labels, predicted, shown=8):
         return [example(i) for i in numbers[:: -(-len(numbers) // shown) or 1]]
 
     tables = {field: confusion(true[:, column], predicted[:, column], labels[field]) for column, field in enumerate(FIELDS.values())}
-    return {"right": examples(right), "wrong": examples(~right), "confusion": tables}
+    return {"right": examples(right), "wrong": examples(~right & known), "confusion": tables}
 
 
 def generation_figures(model, catalogue, style, ratio, unit, shown=6):
@@ -649,11 +657,11 @@ def parse(arguments=None):
     parser.add_argument("run", metavar="RUN", help="a run's folder, or one checkpoint file")
     parser.add_argument("--data", metavar="DIR", help="the data (default: the run's own)")
     parser.add_argument("--split", choices=("test", "val"), default="test")
-    parser.add_argument("--tasks", metavar="A,B", help="of retrieval, recognition, generation (default: what the run was trained for)")
+    parser.add_argument("--tasks", metavar="A,B", help=f"of {', '.join(TASKS)} (default: what the run was trained for; with --full-gallery, without the lists of retrieval)")
     parser.add_argument("--queries", type=positive, metavar="N", help="query products (default: 1000; with --full-gallery, all)")
     parser.add_argument("--draws", type=positive, default=5, metavar="N", help="draws of the candidate lists, of seeds seed, seed + 1, ...")
     parser.add_argument("--candidates", metavar="FILE", help="lists to read: a candidates.json, or the authors' folder of pickles")
-    parser.add_argument("--full-gallery", action="store_true", help="also rank the whole split by the towers, and re-rank the best by ITM")
+    parser.add_argument("--full-gallery", action="store_true", help="rank the whole split by the towers, and re-rank the best by ITM")
     parser.add_argument("--best", type=positive, default=20, metavar="N", help="how many of the towers' best are re-ranked with ITM")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=positive, default=256, metavar="N")
@@ -663,8 +671,8 @@ def parse(arguments=None):
     args = parser.parse_args(arguments)
     args.tasks = args.tasks and args.tasks.split(",")
     for task in args.tasks or []:
-        if task not in ("retrieval", "recognition", "generation"):
-            parser.error(f"--tasks must name retrieval, recognition or generation, got {task!r}")
+        if task not in TASKS:
+            parser.error(f"--tasks must name {', '.join(TASKS)}, got {task!r}")
     return args
 
 
@@ -712,7 +720,7 @@ def first_then_others(work):
 
 def check_fit(catalogue, tokenizer):
     """A run reads only captions written in its words."""
-    words = catalogue.tokens[catalogue.tokens != 0]
+    words = catalogue.tokens[~torch.isin(catalogue.tokens, torch.tensor([tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id]))]
     unknown = (words == tokenizer.unk_id).double().mean().item()
     if unknown > 0.5:
         raise data.DataError(f"vocabulary: {100 * unknown:.0f}% of this split's words are unknown to the run, at most half may be")
@@ -732,7 +740,13 @@ def draw_all(args, rows):
 
 def evaluate(args, model, tokenizer, run, catalogue):
     """Every task asked for -> (results, figures)."""
-    tasks = args.tasks or (["recognition"] if run.get("task") == "recognise" else ["retrieval", "generation"])
+    objectives = run.get("objectives", "mir,itm,mlm,itc").split(",")  # what a checkpoint does not say is taken to be so
+    if args.full_gallery and "itc" not in objectives:
+        raise data.DataError(f"--full-gallery: needs the towers, this run's objectives are {','.join(objectives)}")
+    lists = not args.full_gallery
+    tasks = args.tasks or [task for task, needed in TASKS.items() if needed in objectives and (lists or task != "retrieval")]
+    if not (tasks or args.full_gallery):
+        raise data.DataError(f"--tasks: of {', '.join(TASKS)} this run was trained for none, its objectives are {','.join(objectives)}; --full-gallery asks its towers")
     if "recognition" in tasks:
         check_classes(model, catalogue.rows)  # before hours of reading
     results, figures = {}, {}
@@ -788,13 +802,6 @@ def about(args, model, run, catalogue, folder):
     return {**trained, **measured}
 
 
-def write_whole(path, text):
-    """Write a file whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def plain(value):
     """For JSON, which has no NaN and no infinity: None in their place."""
     if isinstance(value, dict):
@@ -820,9 +827,11 @@ def main(args):
         found = report.tables(results)
         print("\n".join(map(report.as_text, found)))
         if "draws" in figures and not args.candidates:
-            save_candidates(out / "candidates.json", figures["draws"])
-        write_whole(out / "results.json", json.dumps(plain(results), indent=1, allow_nan=False))
-        write_whole(out / "report.html", report.page(results["about"], found, figures, report.read_log(home / "log.jsonl")))
+            save_candidates(out / "candidates.json", figures["draws"], catalogue.rows)
+        with data.whole_file(out / "results.json") as file:
+            file.write(json.dumps(plain(results), indent=1, allow_nan=False).encode())
+        with data.whole_file(out / "report.html") as file:
+            file.write(report.page(results["about"], found, figures, report.read_log(home / "log.jsonl")).encode())
         print(f"\n{out / 'results.json'}\n{out / 'report.html'}")
     if world() > 1:
         dist.destroy_process_group()

@@ -11,7 +11,8 @@ A trained run and your own pictures and words.
     python predict.py runs/1 search "red wool coat"                 ask the index; without a text, one query a line from the keyboard
     python predict.py runs/1 search coat.jpg --out found.png        pictures like this one, drawn as a PNG
 
-The same names are functions to import: score(load("runs/1"), "coat.jpg", "a coat"). Nothing but the run's folder is needed.
+The same names are functions to import: score(load("runs/1"), "coat.jpg", "a coat"). Nothing but the run's folder is needed, and for search
+the pictures that were indexed.
 
 What a search costs: the caption tower reads the query once, N E multiply-adds find the nearest pictures, and the fusion encoder reads the
 best k = 20 of them with the query, which is most of it. On one CPU core with N = 100,000 and E = 256: 0.03 s for the towers; with ITM 0.09 s
@@ -59,6 +60,8 @@ class Run(NamedTuple):
 
 def load(path, device="cpu"):
     """A run's folder, or one checkpoint file."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise data.DataError("--device: cuda needs a GPU, this machine has none")
     return Run(*evaluation.load_run(path, device), Path(path) if os.path.isdir(path) else Path(path).parent)
 
 
@@ -83,6 +86,11 @@ def is_picture(query):
     return os.path.isfile(data.file_of(query)[0]) or Path(query).suffix.lower() in Image.registered_extensions()
 
 
+def is_texts(answer):
+    """A file of texts, and not a text itself."""
+    return os.path.isfile(answer) or answer.endswith(".txt")
+
+
 def open_one(run, image):
     """(1, H, W, 3) uint8"""
     return data.picture("", image, *run.shape)[None]
@@ -90,7 +98,7 @@ def open_one(run, image):
 
 def open_many(run, folder, references):
     """Those that can be decoded, (n, H, W, 3) uint8, and {reference: reason} for the others."""
-    pixels, reasons = zip(*data.decode(folder, references, *run.shape, os.cpu_count()))
+    pixels, reasons = zip(*data.decode(folder, references, *run.shape))
     return np.stack(pixels)[[reason is None for reason in reasons]], {name: reason for name, reason in zip(references, reasons) if reason}
 
 
@@ -187,8 +195,8 @@ def classify(run, image, text=""):
 
 def rebuild(run, image, text="", hide=0.5, seed=0):
     """
-    Hide a share of the picture and paint the whole again: {"hidden", "rebuilt", "original"}, each (H, W, 3) uint8, and over the hidden
-    pixels "psnr" and "floor" (that of the mean colour), in dB.
+    Hide a share of the picture and paint the whole again: {"hidden", "rebuilt", "original"}, each (H, W, 3) uint8, the "share" that is
+    hidden, and over the hidden pixels "psnr" and "floor" (that of the mean colour), in dB.
     """
     needs(run, "mir")
     tokens = words(run, [text]) if text else no_words(run)
@@ -200,7 +208,7 @@ def rebuild(run, image, text="", hide=0.5, seed=0):
     shown = {"hidden": original.masked_fill(hidden, 0.5), "rebuilt": rebuilt, "original": original}
     quality = {"psnr": rebuilt, "floor": evaluation.fill_with_mean(original, hidden)}
     return {**{name: (one[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy() for name, one in shown.items()},
-            **{name: evaluation.psnr(one, original, hidden).item() for name, one in quality.items()}}
+            "share": hidden.float().mean().item(), **{name: evaluation.psnr(one, original, hidden).item() for name, one in quality.items()}}
 
 
 def fill(run, image, text):
@@ -220,7 +228,8 @@ def fill(run, image, text):
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # RUN/index-NAME/ holds index.json, written last, and the parts that it names: the vectors of up to PART pictures each. A part's name tells
-# its weights and its pictures apart from all others. So a part that is there is not read again when `index` was killed or the folder grew.
+# its weights and its pictures apart from all others. So a part that is there is not read again when `index` was killed; when the folder grew,
+# those from its first new name on are.
 
 
 class Index(NamedTuple):
@@ -235,9 +244,7 @@ def find_items(folder):
         raise data.DataError(f"{folder}: no such folder")
     if not any(list(Path(folder).glob(name)) for _, name, _ in data.SOURCES):
         return [[name, "", ""] for name in files_below(folder)], []
-    sources = data.find_sources(folder)
-    splits = [split for split in data.SPLITS if split in sources or "items" in sources or (split == "val" and "train" in sources)]
-    read_splits = [data.read_all(folder, split) for split in splits]
+    read_splits = [data.read_all(folder, split) for split in data.splits_of(folder)]
     items = {row["image"]: [row["image"], row["caption"], row["product_id"]] for rows, _ in read_splits for row in rows}
     return [items[name] for name in sorted(items)], list(dict.fromkeys(line for _, bad in read_splits for line in bad))
 
@@ -324,7 +331,7 @@ def open_index(run, name=None):
 def search(run, query, index, best=20, show=10):
     """
     The pictures of an index (from `open_index`) nearest to a text by the towers, the `best` of them put in order by towers and ITM together;
-    or the nearest to a picture. Returns up to `show` dicts: image, caption, product_id, "near" (cosine), "match" (match - mismatch logit, None if not read).
+    or the nearest to a picture. Of a product's pictures only the nearest. Returns up to `show` dicts: image, caption, product_id, "near" (cosine), "match" (match - mismatch logit, None if not read).
     """
     if is_picture(query):
         vector, best = evaluation.tower_vectors(run.model, open_one(run, query), no_words(run))[0][0].float(), 0
@@ -332,11 +339,14 @@ def search(run, query, index, best=20, show=10):
         tokens = words(run, [query])
         with evaluation.at_rest(run.model) as device, evaluation.autocast(device):
             vector = run.model.embed_texts(tokens.to(device))[0].cpu()
-    near, order = (index.vectors @ vector).topk(min(max(best, show), len(index.items)))
-    found = []
-    for number, cosine in zip(order.tolist(), near.tolist()):
+    near, found, seen = index.vectors @ vector, [], set()
+    for number in near.argsort(descending=True).tolist():
         image, caption, product = index.items[number]
-        found.append({"image": image, "caption": caption, "product_id": product, "near": cosine, "match": None})
+        if product not in seen:
+            found.append({"image": image, "caption": caption, "product_id": product, "near": near[number].item(), "match": None})
+            seen |= {product} - {""}  # "": it is not known
+        if len(found) == max(best, show):
+            break
     if best:
         paths = {os.path.join(index.folder, answer["image"]): answer for answer in found[:best]}
         read = [{**paths[path], "match": match} for path, match in rank(run, query, list(paths), skip_bad=True)]
@@ -374,7 +384,7 @@ def show_rank(run, args):
     """pictures for a text, or texts for a picture, the best first"""
     folders = [path for path in args.answers if os.path.isdir(path)]
     if is_picture(args.query):
-        answers = read_texts(args.answers[0]) if len(args.answers) == 1 else args.answers
+        answers = [text for answer in args.answers for text in (read_texts(answer) if is_texts(answer) else [answer])]
     else:
         answers = [os.path.join(path, name) for path in folders for name in files_below(path)]
         answers = [path for path in args.answers if path not in folders] + answers
@@ -392,6 +402,8 @@ def show_classify(run, args):
 def show_rebuild(run, args):
     """hide a share of the picture and paint it again"""
     result = rebuild(run, args.image, args.text, args.hide, args.seed)
+    if not result["share"]:
+        raise data.DataError(f"--hide must cover a square of {run.settings.get('mask_unit', 16)} px or more, got {args.hide:g}")
     size = data.open_picture("", args.image).size if run.shape[1] == "stretch" else (1, 1)
     width, height = (max(1, round(384 * side / max(size))) for side in size)  # as the picture was before it was made square
     sheet = Image.new("RGB", (3 * width, height))
@@ -400,7 +412,7 @@ def show_rebuild(run, args):
     out = args.out or f"{Path(args.image).stem}-rebuilt.png"
     with data.whole_file(out) as file:
         sheet.save(file, "PNG")
-    table(("hidden", "PSNR there", "mean colour's"), (f"{100 * args.hide:g}%", f"{result['psnr']:.2f} dB", f"{result['floor']:.2f} dB"))
+    table(("hidden", "PSNR there", "mean colour's"), (f"{100 * result['share']:.0f}%", f"{result['psnr']:.2f} dB", f"{result['floor']:.2f} dB"))
     print(f"hidden | rebuilt | original: {out}")
 
 
@@ -424,7 +436,13 @@ def show_search(run, args):
     opened = open_index(run, args.name)
     for query in [args.query] if args.query is not None else filter(None, map(str.strip, sys.stdin)):
         start = time.time()
-        found = search(run, query, opened, args.best, args.show)
+        try:
+            found = search(run, query, opened, args.best, args.show)
+        except data.DataError as error:
+            if args.query is not None:
+                raise
+            print(error, file=sys.stderr)  # and wait for the next
+            continue
         took = time.time() - start
         rows = ((str(place), as_match(a["match"]), f"{a['near']:.3f}", a["image"], a["caption"]) for place, a in enumerate(found, 1))
         table(("rank", "match", "near", "picture", "caption"), *rows)
@@ -434,7 +452,7 @@ def show_search(run, args):
             data.contact_sheet(opened.folder, found, args.out, len(found), columns=min(5, len(found)))
 
 
-def share(text):
+def ratio(text):
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
@@ -462,9 +480,9 @@ def parse(arguments=None):
             options.add_argument("text", metavar="TEXT", **({"nargs": "?", "default": ""} if name in ("classify", "rebuild") else {}))
         if name == "rank":
             options.add_argument("query", metavar="TEXT|IMAGE")
-            options.add_argument("answers", metavar="IMAGE|DIR|FILE", nargs="+", help="pictures, folders of them, or a file of texts, one a line")
+            options.add_argument("answers", metavar="IMAGE|DIR|FILE", nargs="+", help="pictures, folders of them; or texts, files of them, one a line")
         if name == "rebuild":
-            options.add_argument("--hide", type=share, default=0.5, metavar="SHARE")
+            options.add_argument("--hide", type=ratio, default=0.5, metavar="SHARE")
             options.add_argument("--seed", type=int, default=0)
         if name == "index":
             options.add_argument("folder", metavar="DIR")
@@ -475,7 +493,7 @@ def parse(arguments=None):
         if name in ("index", "search"):
             options.add_argument("--name", help="of the index (default: the folder's; to search: the only one)")
         if name in ("rebuild", "search"):
-            options.add_argument("--out", metavar="PNG", help="where to draw the answer (rebuild: IMAGE-rebuilt.png in this folder, if not said)")
+            options.add_argument("--out", metavar="PNG", help="where to draw the answer, to several queries the last one (rebuild: IMAGE-rebuilt.png in this folder, if not said)")
     return parser.parse_args(arguments)
 
 

@@ -240,7 +240,7 @@ def read_log(path):
     return found
 
 
-NOT_LOSSES = ("step", "epoch", "lr", "images_per_s", "seconds", "memory", "memory_gb")
+NOT_LOSSES = ("step", "epoch", "lr", "grad_norm", "images_per_s", "memory_gb")
 
 
 def curves(log):

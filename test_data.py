@@ -179,6 +179,8 @@ def test_bad_csv_lines_are_told_too(folder):
         "  test.csv:7: bad CSV (unexpected end of data)",
     ]
     assert len(data.read(folder, "test", skip_bad=True)) == 2
+    (folder / "test.csv").write_text('"image"x,caption,product_id\n')
+    assert message(data.read, folder, "test") == f"{folder}/test.csv:1: bad CSV (',' expected after '\"')"
     (folder / "test.csv").write_text("image;caption;product_id\n")
     told = f"{folder}/test.csv:1: the header lacks image, caption, product_id (it says 'image;caption;product_id')"
     assert message(data.read, folder, "test") == told
@@ -824,6 +826,48 @@ def test_pixels_become_floats_between_0_and_1():
     assert data.images_to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([0.0, 0.2, 1.0])
 
 
+# --- Moved pictures, and captions cut ---
+
+
+@LAW
+@given(shift=st.integers(0, 4), side=st.integers(1, 6), seed=st.integers(0, 2**31))
+def test_a_moved_picture_is_the_picture_seen_through_a_moved_window(shift, side, seed):
+    draw = np.random.default_rng(seed)
+    pictures, moves = draw.integers(0, 256, (3, side, side, 3), dtype=np.uint8), draw.integers(-shift, shift + 1, (3, 2))
+    found = data.through_windows(pictures, moves, np.ones((3, 2)))
+    inside = lambda place: min(max(place, 0), side - 1)  # beyond the border, the border's pixels
+    for picture, (down, right), got in zip(pictures, moves.tolist(), found):
+        for y in range(side):
+            for x in range(side):
+                assert (got[y, x] == picture[inside(y + down), inside(x + right)]).all()
+
+
+def two(numbers):
+    return st.tuples(numbers, numbers)
+
+
+@LAW
+@given(sides=two(st.floats(0.2, 1.8)), moves=two(st.integers(-4, 4)), slopes=two(st.integers(-5, 5)))
+def test_through_a_smaller_or_larger_window_a_slope_is_a_slope_still(sides, moves, slopes):
+    """A picture that grows evenly along both sides: what stands where the window looks, wherever that is well inside the picture."""
+    H, W = 30, 20
+    value = lambda y, x: 128 + slopes[0] * (y - H / 2) + slopes[1] * (x - W / 2)  # in [0, 255]
+    picture = np.repeat(value(*np.mgrid[:H, :W]).astype(np.uint8)[..., None], 3, axis=2)
+    (found,) = data.through_windows(picture[None], np.array([moves]), np.array([sides]))
+    assert found.shape == picture.shape and found.dtype == np.uint8
+    seen = [(np.arange(n) + 0.5 - n / 2) * side + n / 2 + move - 0.5 for n, side, move in zip((H, W), sides, moves)]
+    inside = [(place >= 2) & (place <= n - 3) for place, n in zip(seen, (H, W))]
+    expected = value(*np.meshgrid(*seen, indexing="ij"))[np.ix_(*inside)]
+    quarter_of_a_pixel = max(map(abs, slopes)) / 4
+    assert np.abs(found[np.ix_(*inside)] - expected[..., None]).max(initial=0) <= 1 + quarter_of_a_pixel  # 1: it is rounded twice
+
+
+def test_trim_keeps_the_last_word_behind_a_padding_word_written_in_the_caption():
+    tokens = torch.tensor([[2, 7, 0, 8, 3, 0, 0], [2, 9, 0, 3, 0, 0, 0]])
+    assert data.trim(tokens).tolist() == tokens[:, :5].tolist()
+    assert data.trim(torch.zeros(2, 4, dtype=torch.int64)).shape == (2, 0)
+
+
 # --- Command line ---
 
 
@@ -849,7 +893,7 @@ def test_check_reports_a_good_folder_and_draws_it(folder, capsys):
         "captions    of 10 words in the middle, 99% up to 10, the longest 10 (more where the vocabulary cuts words in pieces)",
         "category    2 names: COATS (7), HATS (1), ...; missing in 0 rows; never in train: HATS",
         "subcategory 2 names: kind 0 (5), kind 1 (2), ...; missing in 1 rows; never in train: none",
-        "duplicates  1 captions tell of several products (as 'Coat no. 0 in café brown.'); "
+        "duplicates  1 captions tell of several products (as 'coat no. 0 in café brown.'); "
         "1 pictures have several names (as images/0.png = images/copy.bmp)",
         "bad rows    0",
         f"pictures and captions to look at: {folder}/sheet.png",
@@ -892,43 +936,3 @@ def test_exit_statuses_and_one_line_errors(folder):
     assert shell("check", folder / "none") == (1, f"data.py: {folder}/none: no such folder\n")
     code, told = shell("check", folder, "--size", 3)
     assert code == 2 and "unrecognized arguments: --size 3" in told
-
-
-# --- Moved pictures, and captions cut ---
-
-
-@given(shift=st.integers(0, 4), side=st.integers(1, 6), seed=st.integers(0, 2**31))
-def test_a_moved_picture_is_the_picture_seen_through_a_moved_window(shift, side, seed):
-    draw = np.random.default_rng(seed)
-    pictures, moves = draw.integers(0, 256, (3, side, side, 3), dtype=np.uint8), draw.integers(-shift, shift + 1, (3, 2))
-    found = data.through_windows(pictures, moves, np.ones((3, 2)))
-    inside = lambda place: min(max(place, 0), side - 1)  # beyond the border, the border's pixels
-    for picture, (down, right), got in zip(pictures, moves.tolist(), found):
-        for y in range(side):
-            for x in range(side):
-                assert (got[y, x] == picture[inside(y + down), inside(x + right)]).all()
-
-
-def two(numbers):
-    return st.tuples(numbers, numbers)
-
-
-@given(sides=two(st.floats(0.2, 1.8)), moves=two(st.integers(-4, 4)), slopes=two(st.integers(-5, 5)))
-def test_through_a_smaller_or_larger_window_a_slope_is_a_slope_still(sides, moves, slopes):
-    """A picture that grows evenly along both sides: what stands where the window looks, wherever that is well inside the picture."""
-    H, W = 30, 20
-    value = lambda y, x: 128 + slopes[0] * (y - H / 2) + slopes[1] * (x - W / 2)  # in [0, 255]
-    picture = np.repeat(value(*np.mgrid[:H, :W]).astype(np.uint8)[..., None], 3, axis=2)
-    (found,) = data.through_windows(picture[None], np.array([moves]), np.array([sides]))
-    assert found.shape == picture.shape and found.dtype == np.uint8
-    seen = [(np.arange(n) + 0.5 - n / 2) * side + n / 2 + move - 0.5 for n, side, move in zip((H, W), sides, moves)]
-    inside = [(place >= 2) & (place <= n - 3) for place, n in zip(seen, (H, W))]
-    expected = value(*np.meshgrid(*seen, indexing="ij"))[np.ix_(*inside)]
-    quarter_of_a_pixel = max(map(abs, slopes)) / 4
-    assert np.abs(found[np.ix_(*inside)] - expected[..., None]).max(initial=0) <= 1 + quarter_of_a_pixel  # 1: it is rounded twice
-
-
-def test_trim_keeps_the_last_word_behind_a_padding_word_written_in_the_caption():
-    tokens = torch.tensor([[2, 7, 0, 8, 3, 0, 0], [2, 9, 0, 3, 0, 0, 0]])
-    assert data.trim(tokens).tolist() == tokens[:, :5].tolist()
-    assert data.trim(torch.zeros(2, 4, dtype=torch.int64)).shape == (2, 0)

@@ -272,9 +272,13 @@ def test_lists_that_cannot_be_drawn_are_refused(changes, said):
 def test_saved_lists_come_back(tmp_path):
     rows = plain_rows(30)
     draws = [evaluation.candidates(rows, 4, 10, seed) for seed in (0, 1)]
-    evaluation.save_candidates(tmp_path / "lists.json", [{"tir": lists, "itr": lists} for lists in draws])
-    assert evaluation.read_candidates(tmp_path / "lists.json", rows) == [{"tir": lists, "itr": lists} for lists in draws]
-    (tmp_path / "one.json").write_text(json.dumps(draws[0]))  # as data.py candidates writes them
+    evaluation.save_candidates(tmp_path / "lists.json", [{"tir": lists, "itr": lists} for lists in draws], rows)
+    for found, lists in zip(evaluation.read_candidates(tmp_path / "lists.json", rows), draws, strict=True):
+        assert found["tir"] is found["itr"] and [{name: entry[name] for name in ("query", "candidates")} for entry in found["tir"]] == lists
+        assert all(entry["product_id"] == rows[entry["query"]]["product_id"] for entry in found["tir"])
+    with pytest.raises(data.DataError, match="list 1 was drawn from other rows: its query was product '.*', that row is now '.*'"):
+        evaluation.read_candidates(tmp_path / "lists.json", rows[1:] + rows[:1])
+    (tmp_path / "one.json").write_text(json.dumps(draws[0]))  # lists made by hand need not name products
     assert evaluation.read_candidates(tmp_path / "one.json", rows) == [{"tir": draws[0], "itr": draws[0]}]
 
 
@@ -306,6 +310,11 @@ def test_the_authors_pickles_are_read_and_may_build_nothing_but_plain_values(tmp
     (tmp_path / "retrieve_TIR" / "1.pkl").write_bytes(pickle.dumps({0: {"img_name": "nowhere.png"}}))
     with pytest.raises(data.DataError, match="1.pkl: 'nowhere.png' is no picture of this split"):
         evaluation.read_candidates(tmp_path, rows)
+    for wrong, said in (([1], "must be a dict of dicts with img_name"), ({0: "a.png"}, "must be a dict of dicts"), ({0: {}}, "must be a dict of dicts"),
+                        ({}, "names no picture")):
+        (tmp_path / "retrieve_TIR" / "1.pkl").write_bytes(pickle.dumps(wrong))
+        with pytest.raises(data.DataError, match=f"1.pkl: {said}"):
+            evaluation.read_candidates(tmp_path, rows)
     (tmp_path / "retrieve_TIR" / "1.pkl").write_bytes(pickle.dumps({0: os.system}))
     with pytest.raises(data.DataError, match="1.pkl: bad pickle"):
         evaluation.read_candidates(tmp_path, rows)
@@ -465,10 +474,22 @@ def test_a_class_the_run_never_saw_is_an_error_of_its_own():
     assert results["main"]["SumC"] == pytest.approx(75 + 100 * 3 / 7)
 
 
-@pytest.mark.parametrize("category, said", [("hat", "knows none of this split's classes .*'hat'"), ("", "test.jsonl:1: has no category")])
+@pytest.mark.parametrize("category, said", [("hat", "knows none of this split's classes .*'hat'"), ("", "category: no row of this split has one")])
 def test_recognition_refuses_rows_it_cannot_judge(category, said):
     with pytest.raises(data.DataError, match=said):
         evaluation.recognition([{"category": category, "subcategory": "cap", "where": "test.jsonl:1"}], LABELS, np.zeros((1, 2), dtype=int))
+
+
+def test_rows_without_a_class_are_not_judged():
+    classes = [("foot", "boot"), ("foot", ""), ("", "coat"), ("top", "coat"), ("foot", "boot")]
+    rows = [{"category": category, "subcategory": subcategory, "caption": ""} for category, subcategory in classes]
+    predicted = np.array([[0, 0], [1, 1], [1, 1], [1, 1], [1, 0]])
+    results = evaluation.recognition(rows, LABELS, predicted)
+    assert (results["main"]["rows"], results["main"]["accuracy"]) == (4, 0.5) and (results["sub"]["rows"], results["sub"]["accuracy"]) == (4, 1)
+    catalogue = evaluation.Catalogue(rows, np.zeros((5, 8, 8, 3), np.uint8), None, torch.arange(5), torch.arange(5))
+    figure = evaluation.recognition_figure(catalogue, LABELS, predicted)
+    assert [len(figure[name]) for name in ("right", "wrong")] == [2, 1]
+    assert sum(map(sum, figure["confusion"]["category"][1])) == 4
 
 
 @pytest.mark.parametrize("modality", ["both", "image", "text"])
@@ -611,11 +632,39 @@ def fails_with(said, *arguments):
 
 
 def test_a_class_field_that_is_missing_ends_the_command_before_it_reads_a_picture(shop, monkeypatch):
-    monkeypatch.setattr(evaluation, "share", lambda *rest: pytest.fail("read a picture first"))
+    monkeypatch.setattr(evaluation, "deal_out", lambda *rest: pytest.fail("read a picture first"))
     arguments = evaluation.parse(["run", "--tasks", "retrieval,recognition"])
     catalogue = shop.catalogue._replace(rows=[{**row, "category": ""} for row in shop.catalogue.rows])
-    with pytest.raises(data.DataError, match="test.jsonl:1: has no category, which recognition needs"):
+    with pytest.raises(data.DataError, match="category: no row of this split has one, which recognition needs"):
         evaluation.evaluate(arguments, shop.model, shop.tokenizer, {}, catalogue)
+
+
+@pytest.mark.parametrize("objectives, flags, measured", [
+    ("mir,itm,mlm", [], "retrieval generation"),
+    ("mir,itm,mlm,itc,cr", [], "retrieval recognition generation"),
+    ("cr", [], "recognition"),
+    ("mir,itm,mlm,itc", ["--full-gallery"], "gallery generation"),
+    ("mir,itm,mlm,itc", ["--full-gallery", "--tasks", "retrieval"], "retrieval gallery"),
+    ("itc", ["--full-gallery"], "gallery"),
+    ("mir,itm,mlm", ["--tasks", "generation"], "generation"),
+])
+def test_a_run_is_measured_for_what_it_was_trained_for_unless_told_other(shop, monkeypatch, objectives, flags, measured):
+    done = []
+    for name in ("retrieval", "recognition"):
+        monkeypatch.setattr(evaluation, f"measure_{name}", lambda *rest, name=name: done.append(name))
+    for name, short in (("full_gallery", "gallery"), ("generation", "generation"), ("generation_figures", None)):
+        monkeypatch.setattr(evaluation, name, lambda *rest, short=short, **more: done.extend([short] if short else []))
+    evaluation.evaluate(evaluation.parse(["run", *flags]), shop.model, shop.tokenizer, {"objectives": objectives}, shop.catalogue)
+    assert done == measured.split()
+
+
+@pytest.mark.parametrize("objectives, flags, said", [
+    ("itc", [], "--tasks: of retrieval, recognition, generation this run was trained for none"),
+    ("mir,itm,mlm", ["--full-gallery"], "--full-gallery: needs the towers, this run's objectives are mir,itm,mlm"),
+])
+def test_a_run_that_was_not_trained_for_what_is_asked_says_so(shop, objectives, flags, said):
+    with pytest.raises(data.DataError, match=said):
+        evaluation.evaluate(evaluation.parse(["run", *flags]), shop.model, shop.tokenizer, {"objectives": objectives}, shop.catalogue)
 
 
 def test_what_does_not_fit_is_one_line(shop, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ predict.index(predict.load(sys.argv[1]), sys.argv[2])
 """
 
 
-def test_a_killed_index_goes_on_where_it_stopped_and_a_grown_folder_costs_only_what_is_new(fresh, photos, exact, monkeypatch):
+def test_a_killed_index_goes_on_where_it_stopped_and_a_grown_folder_costs_what_follows_its_first_new_name(fresh, photos, exact, monkeypatch):
     killed = subprocess.run([sys.executable, "-c", KILLED, fresh.home, photos], cwd=HERE, capture_output=True)
     assert killed.returncode == 9 and len(list(fresh.home.glob("index-photos/*.npz"))) == 3
     with pytest.raises(data.DataError, match="no index"):
@@ -251,6 +252,20 @@ def test_a_data_folder_is_indexed_by_its_rows(fresh, photos):
     assert count == 3 and bad == ["items.jsonl:5: missing picture 5.png"]
     found = predict.search(fresh, TEXTS[0], predict.open_index(fresh, "shop"))
     assert sorted((answer["caption"], answer["product_id"]) for answer in found) == [(f"number {i}", f"p{i}") for i in (0, 2, 4)]
+
+
+@pytest.mark.parametrize("best", [0, 3])
+def test_of_a_products_pictures_search_shows_the_nearest_only(fresh, photos, best):
+    owner = {f"{i}.png": "p0" if i < 4 else f"p{i}" for i in (0, 2, 4)}
+    rows = [{"image": image, "caption": f"number {image}", "product_id": product} for image, product in owner.items()]
+    (photos / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    predict.index(fresh, photos, "shop")
+    opened = predict.open_index(fresh, "shop")
+    apart = opened._replace(items=[[image, caption, ""] for image, caption, _ in opened.items])  # as if nobody knew whose they are
+    near = {answer["image"]: answer["near"] for answer in predict.search(fresh, TEXTS[0], apart, best=0)}
+    found = predict.search(fresh, TEXTS[0], opened, best=best)
+    assert {answer["image"] for answer in found} == {max(("0.png", "2.png"), key=near.get), "4.png"}
+    assert len(predict.search(fresh, TEXTS[0], opened, best=best, show=1)) == 1
 
 
 def test_an_index_belongs_to_its_weights_and_its_folder(fresh, photos):
@@ -326,7 +341,8 @@ def test_every_command_prints_its_answer(fresh, photos, tmp_path, exact, monkeyp
     assert command("score", images[0], "a coat")[1][2:] == [images[0], "a", "coat"]
     assert [line[3] for line in command("rank", "a coat", photos)[1:]] == [path for path, _ in predict.rank(fresh, "a coat", images)]
     ranked = [text.split() for text, _ in predict.rank(fresh, images[0], TEXTS)]
-    for texts in ["texts.txt"], TEXTS:
+    Path("some.txt").write_text(TEXTS[0]), Path("others.txt").write_text("\n".join(TEXTS[2:]))
+    for texts in ["texts.txt"], TEXTS, ["some.txt", TEXTS[1], "others.txt"]:
         assert [line[3:] for line in command("rank", images[0], *texts)[1:]] == ranked
     assert [line[0] for line in command("classify", images[0]) if line[0] in LABELS] == ["category", "subcategory"]
     assert len(command("fill", images[0], "a [MASK] coat")) == 7
@@ -335,7 +351,7 @@ def test_every_command_prints_its_answer(fresh, photos, tmp_path, exact, monkeyp
         assert sheet.size == (3 * 320, 384)  # three pictures of 20 x 24
     assert command("index", photos)[0][:2] == ["9", "pictures"]
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a coat\n\nboot\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a coat\n\n???\nboot\n"))  # of one query it knows no word: it goes on
     answers = command("search", "--best", 2, "--show", 3, "--out", "found.png")
     found = [predict.search(fresh, text, predict.open_index(fresh), best=2, show=3) for text in ("a coat", "boot")]
     assert [line[-1] for line in answers[1:4] + answers[6:9]] == [answer["image"] for one in found for answer in one]
@@ -353,6 +369,7 @@ def test_every_command_prints_its_answer(fresh, photos, tmp_path, exact, monkeyp
     (["rank", "a coat", "photos/0.png", "nowhere.png"], "missing picture nowhere.png"),
     (["rank", "a coat", "void"], "nothing to rank"),
     (["rebuild", "photos/0.png", "--out", "nowhere/x.png"], "nowhere/x.png"),
+    (["rebuild", "photos/0.png", "--hide", "0.01"], "--hide must cover a square of 8 px or more, got 0.01"),
     (["fill", "photos/0.png", "a coat"], "must hold [MASK]"),
     (["index", "nowhere"], "nowhere: no such folder"),
     (["index", "void"], "void: holds no picture"),

@@ -448,7 +448,7 @@ def check_negatives(s, train, val):
             if split == "train" or len(pairs.rows) > 1:  # a single pair is never mismatched
                 data.draw_negatives(torch.arange(len(pairs.rows)), pairs.products, pairs.captions, data.generator("check"))
         except data.DataError as error:
-            raise RunError(f"{split}: {error}; leave itm out of --objectives") from None
+            raise RunError(f"{split}: {error}; matching needs two products with different captions, or leave itm out of --objectives") from None
 
 
 def find_words(s, folder, rows):
@@ -729,7 +729,7 @@ def main(args, given, changes):
 
     # data
     folder = find_data(s)
-    rows = data.read(folder, "train", args.skip_bad)
+    rows = data.read_all(folder, "train")[0] or data.read(folder, "train", args.skip_bad)  # bad rows are told below, with the bad pictures
     tokenizer = data.Tokenizer(saved["vocabulary"]) if saved else (evaluation.load_run(s.start)[1] if s.start else find_words(s, folder, rows))
     labels = {field: data.class_names(rows, field) for field in ("category", "subcategory")}
     if "cr" in s.chosen and not all(labels.values()):
@@ -859,8 +859,7 @@ if __name__ == "__main__":
         if dist.is_initialized():
             dist.destroy_process_group()
         if settings.data == TOY:
-            tasks = "retrieval,recognition,generation"
-            evaluation.main(evaluation.parse([str(run), "--device", arguments.device, "--tasks", tasks, "--queries", "100", "--draws", "2"]))
+            evaluation.main(evaluation.parse([str(run), "--device", arguments.device, "--queries", "100", "--draws", "2"]))
     except UsageError as error:
         leave(error, 2)
     except (RunError, data.DataError, ValueError, OSError) as error:
