@@ -383,7 +383,7 @@ class MVLT(nn.Module):
         return self.category_head(text[3][:, 0]), self.subcategory_head(text[3][:, 0])
 
     def embed_images(self, images):
-        """The picture tower: unit vectors (B, embed_dim), from V4 with its places side by side: one mean of them all learns far slower."""
+        """The picture tower: unit vectors (B, embed_dim), from V4 with its places side by side: a mean over them learns slower at first."""
         visual, _ = self.encode(images, None)
         return self.image_tower(F.adaptive_avg_pool2d(visual[3], self.grid).flatten(1))
 
