@@ -87,11 +87,11 @@ class Settings:
     mask_ratio: float = 0.5  # r_v
     mask_unit: int = 16  # alpha P, in pixels
     mask_style: str = "random"
-    mask_image_prob: float = 0.4  # how many of the pictures have anything hidden
+    mask_image_prob: float = 0.3  # how many of the pictures have anything hidden
     mask_words: float = 0.15  # r_l
     match_whole: bool = True  # matching reads only pairs with nothing hidden; False: every caption has hidden words, as the paper
     itm_negatives: str = "uniform"  # as the paper, or subcategory, or hard: alike to the towers
-    itm_from: float = 0.25  # share of the steps before matching and the rest join the contrast: towers first
+    itm_from: float = 0.1  # share of the steps before matching and the rest join the contrast: towers first
     hard_from: float = 0.7  # share of the steps before which hard negatives are uniform: easy before hard
     alike: int = 1  # from hard_from on, so many batches in a row are filled sub-category by sub-category: the contrast's negatives are hard, too
     modality: str = "both"  # what recognition reads: both, image or text
