@@ -38,6 +38,7 @@ import data
 import eval as evaluation
 import mvlt
 import toy
+import train
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # What both ways compute
@@ -206,10 +207,10 @@ class Runner:
     def __init__(self, way, precision, device):
         self.way, self.precision, self.device = way, precision, torch.device(device)
         self.ours = isinstance(way, Ours)
-        if self.ours:
-            evaluation.keep_freed_memory()
 
     def prepare(self, config, size, words=(30, 50)):
+        if self.ours:
+            evaluation.keep_freed_memory(train.LARGE_TENSOR)  # as train.py, until it reads
         torch.manual_seed(0)
         self.batch = Batch(*(value.to(self.device) for value in make_batch(config, size, words)))
         self.model = mvlt.MVLT(config).to(self.device).train()
@@ -248,6 +249,8 @@ class Runner:
     def read(self, what, candidates=0):
         """"candidates": one caption against so many pictures, as retrieval by ITM reads them; or the batch's "pictures" or "captions" alone."""
         model, images, tokens = self.model.eval(), self.batch.images, data.trim(self.batch.words)
+        if self.ours:
+            evaluation.keep_freed_memory()  # as eval.py
         with self.autocast():
             if what == "candidates":
                 images = images.repeat(-(-candidates // len(images)), 1, 1, 1)[:candidates]

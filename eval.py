@@ -683,21 +683,19 @@ def positive(text):
     return number
 
 
-def keep_freed_memory():
+def keep_freed_memory(largest=1 << 30):
     """
-    Let glibc keep the tensors that are freed, instead of giving them back and having every page of the next ones cleared by the kernel: a
-    fifth off a training step on a CPU. Those above 100 MiB go back all the same: they are few, and would leave holes that nothing fills.
-    Elsewhere there is nothing to do.
+    Let glibc keep the tensors up to so many bytes that are freed, instead of giving them back and having every page of the next ones cleared
+    by the kernel: a fifth off a training step on a CPU, two fifths off reading. Elsewhere there is nothing to do.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
-        mallopt(-3, 100 << 20)  # M_MMAP_THRESHOLD: below this, memory comes from the heap
+        mallopt(-3, largest)  # M_MMAP_THRESHOLD: below this, memory comes from the heap
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: what may lie free at its end
 
 
 def join_processes(device):
     """Under torchrun, meet the other processes. Returns this process's device."""
-    keep_freed_memory()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         if local >= torch.cuda.device_count():
@@ -810,6 +808,7 @@ def plain(value):
 
 
 def main(args):
+    keep_freed_memory()
     device = join_processes(args.device)
     model, tokenizer, run = load_run(args.run, device)
     folder = args.data or run.get("data")

@@ -42,6 +42,7 @@ import toy
 
 OBJECTIVES = ("mir", "itm", "mlm", "itc", "cr")
 TOY = "toy"  # where the toy boutique is drawn
+LARGE_TENSOR = 100 << 20  # bytes: what is larger goes back to the system, for among activations that are kept for long it would leave holes
 
 
 class RunError(Exception):
@@ -714,6 +715,7 @@ def draw_samples(model, pairs, s, path, shown=8):
 
 def main(args, given, changes):
     # who am I
+    evaluation.keep_freed_memory(LARGE_TENSOR)
     device = evaluation.join_processes(args.device)
     first = evaluation.rank() == 0
     say = (lambda words: print(words, flush=True)) if first else lambda words: None
