@@ -665,7 +665,7 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path):
 
     last = [line for line in lines_of(run) if "val" not in line][-5:]
     mean = {name: sum(line[name] for line in last) / len(last) for name in ("mir", "itm", "mlm")}
-    assert mean["mir"] < 0.002 and mean["itm"] < 0.02 and mean["mlm"] < 0.1, mean  # from 0.1, ln 2 and 4
+    assert mean["mir"] < 0.002 and mean["itm"] < 0.02 and mean["mlm"] < 0.2, mean  # from 0.1, ln 2 and 4
     model = mvlt.load(run / "last.pt")
     tokens = data.tokenize(rows, data.Tokenizer(model.vocabulary), 8)
     images = data.images_to_float(torch.from_numpy(data.load_pictures(tmp_path, rows, 32)[:]).permute(0, 3, 1, 2))
