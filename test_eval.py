@@ -667,6 +667,13 @@ def test_a_run_that_was_not_trained_for_what_is_asked_says_so(shop, objectives, 
         evaluation.evaluate(evaluation.parse(["run", *flags]), shop.model, shop.tokenizer, {"objectives": objectives}, shop.catalogue)
 
 
+def test_what_stands_around_a_caption_does_not_count_as_its_words(shop):
+    t = shop.tokenizer
+    two_of_three = torch.tensor([[t.cls_id, t.unk_id, t.unk_id, len(t) - 1, t.sep_id, t.pad_id]])
+    with pytest.raises(data.DataError, match="vocabulary: 67% of this split's words are unknown"):
+        evaluation.check_fit(shop.catalogue._replace(tokens=two_of_three), t)
+
+
 def test_what_does_not_fit_is_one_line(shop, tmp_path):
     fails_with("no run here", tmp_path)
     run = write_run(tmp_path / "run", make_model(shop.tokenizer.words, n_category=0, n_subcategory=0), shop.folder)

@@ -329,6 +329,44 @@ def test_the_gradients_of_a_step_are_those_of_the_loss_in_one_piece(pairs, monke
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda text: f"{name}: {text}")
 
 
+def test_the_temperature_by_which_hard_negatives_are_drawn_is_bounded_at_100(pairs, monkeypatch):
+    seen, usual = [], mvlt.hard_negatives
+    monkeypatch.setattr(mvlt, "hard_negatives", lambda logits, *rest: (seen.append(logits), usual(logits, *rest))[1])
+    monkeypatch.setattr(data, "images_to_float", lambda images: images.contiguous().double() / 255)
+    s, model = train.resolve(dict(batch_size=10, mask_unit=8, bf16=False)), tiny_model(pairs)
+    model.log_scale.data.fill_(10.0)
+    train.step_backward(model, next(iter(data.Batches(pairs.pictures, 10, s.seed, 4, 5))), pairs, s, pairs.tokenizer, contextlib.nullcontext, False, True)
+    assert 1 < seen[0].abs().max() <= 100.001
+
+
+def test_the_towers_recall_is_as_exact_under_autocast(pairs, monkeypatch):
+    n = len(pairs.rows)
+    vectors = torch.nn.functional.normalize(1 + 0.05 * torch.randn(2, n, 16, generator=torch.Generator().manual_seed(0)), dim=-1)  # all alike
+    vectors[1] = torch.nn.functional.normalize(vectors[0] + 0.2 * (vectors[1] - vectors[0]), dim=-1)
+    monkeypatch.setattr(train, "read_towers", lambda model, images, tokens, key: vectors[:, key[1] : key[1] + len(images)])
+    exact = train.towers_recall(tiny_model(pairs), pairs, train.Settings(), n)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert train.towers_recall(tiny_model(pairs), pairs, train.Settings(), n) == exact
+    assert min(exact.values()) > 0.5
+
+
+def test_bad_rows_and_bad_pictures_are_told_together_and_once(shop, tmp_path, capsys):
+    shutil.copytree(shop, tmp_path / "shop")
+    rows = (tmp_path / "shop" / "train.jsonl").read_text().splitlines()
+    (tmp_path / "shop" / "train.jsonl").write_text("\n".join([*rows, "nonsense", json.dumps({**json.loads(rows[0]), "image": "none.png"})]))
+    told = [f"train.jsonl:{len(rows) + 1}: bad JSON", f"train.jsonl:{len(rows) + 2}: missing picture none.png"]
+    with pytest.raises(data.DataError) as refused:
+        in_process(tmp_path / "one", *TINY, "--steps", 1, "--data", tmp_path / "shop")
+    assert all(str(refused.value).count(line) == 1 for line in told)
+    in_process(tmp_path / "two", *TINY, "--steps", 1, "--data", tmp_path / "shop", "--skip-bad")
+    screen = capsys.readouterr().out
+    assert all(screen.count(line) == 1 for line in told)
+
+
+def test_the_papers_recognition_reads_every_caption():
+    assert train.resolve(dict(preset="paper", task="recognise")).drop_caption == 0
+
+
 # --- Faults ---
 
 
