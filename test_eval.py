@@ -692,6 +692,29 @@ def test_a_wrong_flag_is_a_usage_error(arguments):
     assert left.value.code == 2
 
 
+RESIDENT = """
+import ctypes, sys
+import numpy as np
+import eval as evaluation
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) / 256  # MiB, of pages of 4 KiB
+for largest in map(int, sys.argv[1:]):
+    evaluation.keep_freed_memory(largest << 20)
+before = resident()
+for size in (20, 60):
+    block = np.ones(size << 20, np.uint8)
+    block = None
+    print(round(resident() - before))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.sysconf("SC_PAGESIZE") != 4096, reason="reads Linux's own count of pages of 4 KiB")
+@pytest.mark.parametrize("largest, kept", [([], (0, 0)), ([40], (20, 20)), ([100], (20, 60)), ([100, 40], (20, 20))])
+def test_freed_memory_is_kept_up_to_the_largest_size_that_is_asked_for(largest, kept):
+    """Blocks of 20 and of 60 MiB, one after the other: what is still resident after each was freed."""
+    found = subprocess.run([sys.executable, "-c", RESIDENT, *map(str, largest)], cwd=HERE, capture_output=True, text=True, check=True)
+    assert list(map(int, found.stdout.split())) == pytest.approx(kept, abs=5)
+
+
 # --- The page ---
 
 

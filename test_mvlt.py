@@ -386,6 +386,27 @@ def test_attention_without_reduction_equals_nn_multihead_attention(seed, heads, 
     assert_equal([ours(z, words, side, seen[:, None, None])], [reference(z, z, z, key_padding_mask=~seen, need_weights=False)[0]])
 
 
+@given(seed=SEEDS, batch=st.integers(0, 6), tokens=st.integers(1, 4), dim=st.integers(1, 4), hidden=st.integers(1, 6), at_once=st.integers(1, 60))
+def test_the_mlp_in_pieces_equals_linear_gelu_linear_and_holds_no_more_than_its_piece(seed, batch, tokens, dim, hidden, at_once):
+    torch.manual_seed(seed)
+    mlp = mvlt.MLP(dim, hidden).double()
+    mlp.AT_ONCE, sizes, kept = at_once, [], []
+    mlp.fc1.register_forward_hook(lambda module, inputs, out: sizes.append(out.numel()))
+    z = torch.randn(batch, tokens, dim, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+        out = mlp(z)
+    assert max(sizes) <= max(at_once, tokens * hidden)
+    assert set(kept) <= {z.data_ptr() + z.element_size() * tokens * dim * i for i in range(batch + 1)}, "only the input is kept"
+    out.square().sum().backward()
+    grads = [z.grad.clone(), *(p.grad.clone() for p in mlp.parameters())]
+
+    z.grad = None
+    mlp.zero_grad()
+    whole = 0.5 * (x := z @ mlp.fc1.weight.T + mlp.fc1.bias) * (1 + torch.erf(x / 2**0.5)) @ mlp.fc2.weight.T + mlp.fc2.bias
+    whole.square().sum().backward()
+    assert_equal([out, *grads], [whole, z.grad, *(p.grad for p in mlp.parameters())])
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Picture masks
 
