@@ -350,7 +350,7 @@ def search(run, query, index, best=20, show=10):
     if best:
         paths = {os.path.join(index.folder, answer["image"]): answer for answer in found[:best]}
         read = [{**paths[path], "match": match} for path, match in rank(run, query, list(paths), skip_bad=True)]
-        read.sort(key=lambda answer: -(answer["match"] + evaluation.as_logit(run.model, answer["near"]).item()))
+        read.sort(key=lambda answer: -evaluation.both(run.model, answer["near"], answer["match"]).item())
         found = read + found[best:]
     return found[:show]
 

@@ -429,8 +429,16 @@ def test_retrieval_agrees_with_scoring_pair_by_pair(shop, monkeypatch):
         images = shop.model.embed_images(torch.from_numpy(shop.catalogue.pictures[np.arange(110)]).permute(0, 3, 1, 2) / 255)
         texts = shop.model.embed_texts(shop.catalogue.tokens)
     near, scale = [[(images[row] @ texts[e["query"]]).item() for row in e["candidates"]] for e in lists], shop.model.log_scale.exp().item()
-    assert [slow_rank(row, 0) for row in order["tir"][0].tolist()] == [slow_rank([s + scale * n for s, n in zip(*rows)], 0) for rows in zip(wanted["tir"], near)]
+    assert [slow_rank(row, 0) for row in order["tir"][0].tolist()] == [slow_rank([s / 2 + scale * n for s, n in zip(*rows)], 0) for rows in zip(wanted["tir"], near)]
     assert results["tir_towers"]["median_rank"] == evaluation.recalls([slow_rank(row, 0) for row in near])["median_rank"]
+
+
+@given(near=st.lists(st.floats(-1, 1), min_size=2, max_size=2), match=st.lists(st.floats(-20, 20), min_size=2, max_size=2), scale=st.floats(0.1, 300))
+def test_both_is_the_towers_logit_and_half_of_itms(shop, near, match, scale):
+    model = make_model(shop.tokenizer.words)
+    model.log_scale.data.fill_(math.log(scale))
+    found = evaluation.both(model, torch.tensor(near), torch.tensor(match, dtype=torch.float64))
+    assert found.tolist() == pytest.approx([min(100, scale) * n + m / 2 for n, m in zip(near, match)], rel=1e-5, abs=1e-5)
 
 
 def test_a_model_that_says_the_same_of_all_is_last_in_all(shop):
@@ -454,7 +462,7 @@ def test_full_gallery_agrees_with_every_pair_when_any_of_a_products_captions_cou
     results = evaluation.full_gallery(shop.model, catalogue, best=100)
     images, texts = evaluation.tower_vectors(shop.model, catalogue.pictures, catalogue.tokens)
     near = shop.model.log_scale.exp().item() * (images @ texts.T)
-    scores = [[one_by_one(shop.model, catalogue, picture, caption) + near[picture, caption].item() for caption in range(24)] for picture in range(8)]
+    scores = [[one_by_one(shop.model, catalogue, picture, caption) / 2 + near[picture, caption].item() for caption in range(24)] for picture in range(8)]
     itr = [1 + sum(score >= max(row[3 * p : 3 * p + 3]) for c, score in enumerate(row) if c // 3 != p) for p, row in enumerate(scores)]
     tir = [slow_rank([row[c] for row in scores], c // 3) for c in range(24)]
     assert results["itr"] == evaluation.recalls(itr) and results["tir"] == evaluation.recalls(tir)

@@ -172,7 +172,7 @@ def test_search_equals_reading_every_picture_one_by_one(fresh, photos, exact):
     again = predict.search(fresh, TEXTS[0], opened, best=4, show=6)
     match = {name: score for name, score in predict.rank(fresh, TEXTS[0], [os.path.join(photos, name) for name in first[:4]])}
     scale = fresh.model.log_scale.exp().item()
-    both = {name: match[os.path.join(photos, name)] + scale * near[name] for name in first[:4]}
+    both = {name: match[os.path.join(photos, name)] / 2 + scale * near[name] for name in first[:4]}
     assert [answer["image"] for answer in again[:4]] == sorted(both, key=both.get, reverse=True)
     assert [answer["image"] for answer in again[4:]] == first[4:6]
     assert [answer["match"] is None for answer in again] == [False] * 4 + [True] * 2
