@@ -41,10 +41,10 @@ def tables(results):
     for way, title in DIRECTIONS.items():
         if lists:
             note = (f"{lists['queries']} queries, {lists['size']} candidates each, mean ± sd of {lists['draws']} draw(s); {lists['filled']} of the "
-                    f"{lists['lists']} lists filled from other sub-categories. Re-ranked: towers and ITM together, among the towers' best {lists['best']}.")
+                    f"{lists['lists']} lists filled from other sub-categories. Re-ranked: by the towers' logit and half of ITM's, among the towers' best {lists['best']}.")
             found.append(recall_table(f"Retrieval, {title}", note, way, results["retrieval"], METHODS, FASHION_GEN, "Fashion-Gen"))
         if gallery:
-            note = (f"{gallery['pictures']} pictures, {gallery['captions']} captions; towers and ITM together among the towers' best {gallery['best']}. Cost: "
+            note = (f"{gallery['pictures']} pictures, {gallery['captions']} captions; re-ranked by the towers' logit and half of ITM's, among the towers' best {gallery['best']}. Cost: "
                     f"{gallery['towers_read']} tower readings and {gallery['pairs_read']} pairs through the fusion encoder, "
                     f"instead of {gallery['pairs_whole']} for all.")
             galleries.append(recall_table(f"Full gallery, {title}", note, way, gallery, GALLERY_METHODS, COCO, "COCO 5K"))
