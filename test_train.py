@@ -299,7 +299,7 @@ def tiny_model(pairs):
 @pytest.mark.parametrize("micro_batch", [0, 1, 4])
 def test_the_gradients_of_a_step_are_those_of_the_loss_in_one_piece(pairs, monkeypatch, micro_batch):
     monkeypatch.setattr(data, "images_to_float", lambda images: images.contiguous().double() / 255)
-    s = train.resolve(dict(batch_size=10, mask_unit=8, micro_batch=micro_batch, bf16=False))
+    s = train.resolve(dict(batch_size=10, mask_unit=8, micro_batch=micro_batch, bf16=False, itm_negatives="hard"))
     batch = next(iter(data.Batches(pairs.pictures, 10, s.seed, 4, 5)))
     model, whole = tiny_model(pairs), tiny_model(pairs)
     totals = train.step_backward(model, batch, pairs, s, pairs.tokenizer, contextlib.nullcontext, False, True)
@@ -309,7 +309,7 @@ def test_the_gradients_of_a_step_are_those_of_the_loss_in_one_piece(pairs, monke
     image, text = whole.embed_images(images), whole.embed_texts(data.trim(pairs.tokens[rows]))
     similar = mvlt.hard_negatives(image @ text.T * whole.log_scale.exp(), same, data.generator(s.seed, 4, "hard"))
     similar[torch.rand(10, generator=data.generator(s.seed, 4, "easy")) < 0.5] = -1
-    plan = train.plan_step(4, rows, pairs, s, whole.config, pairs.tokenizer, similar)
+    plan = train.plan_step(4, rows, pairs, s, whole.config, pairs.tokenizer, similar=similar)
     masked, _ = mvlt.hide(images, plan.units)
     visual, texts = whole.encode(masked, plan.tokens)
     chosen, matched = plan.count_mir, plan.matched & plan.count_itm
@@ -333,7 +333,7 @@ def test_the_temperature_by_which_hard_negatives_are_drawn_is_bounded_at_100(pai
     seen, usual = [], mvlt.hard_negatives
     monkeypatch.setattr(mvlt, "hard_negatives", lambda logits, *rest: (seen.append(logits), usual(logits, *rest))[1])
     monkeypatch.setattr(data, "images_to_float", lambda images: images.contiguous().double() / 255)
-    s, model = train.resolve(dict(batch_size=10, mask_unit=8, bf16=False)), tiny_model(pairs)
+    s, model = train.resolve(dict(batch_size=10, mask_unit=8, bf16=False, itm_negatives="hard")), tiny_model(pairs)
     model.log_scale.data.fill_(10.0)
     train.step_backward(model, next(iter(data.Batches(pairs.pictures, 10, s.seed, 4, 5))), pairs, s, pairs.tokenizer, contextlib.nullcontext, False, True)
     assert 1 < seen[0].abs().max() <= 100.001
@@ -777,22 +777,22 @@ def test_the_learning_rate_rises_to_lr_and_falls_to_final_lr(steps, lr, final, w
 
 @st.composite
 def steps_to_plan(draw):
-    negatives = draw(st.sampled_from(["uniform", "subcategory", "hard"]))
     s = train.Settings(seed=draw(SEEDS), match_whole=draw(st.booleans()), mask_image_prob=draw(st.floats(0, 1)), mask_unit=8, mask_ratio=draw(st.floats(0, 1)),
-                       mask_style=draw(st.sampled_from(mvlt.MASK_STYLES)), itm_negatives=negatives, mask_words=draw(st.sampled_from([0.0, 0.15, 1.0])),
+                       mask_style=draw(st.sampled_from(mvlt.MASK_STYLES)), mask_words=draw(st.sampled_from([0.0, 0.15, 1.0])),
                        objectives=draw(st.sampled_from(["mir,itm,mlm,itc,cr", "mir,mlm", "itm,itc", "cr"])), drop_caption=draw(st.sampled_from([0.0, 0.2, 1.0])))
-    return s, draw(st.integers(0, 1000)), draw(st.integers(1, 40))
+    return s, draw(st.integers(0, 1000)), draw(st.integers(1, 40)), draw(st.booleans())
 
 
 @given(steps_to_plan())
 def test_a_plan_keeps_its_promises(pairs, planned):
-    s, step, G = planned
+    s, step, G, grouped = planned
+    groups = pairs.groups if grouped else None
     rows = data.batch_rows(step, G, len(pairs.rows), s.seed)
     config = SimpleNamespace(image_size=32, vocab_size=len(pairs.tokenizer))
     torch.manual_seed(random.randrange(2**31))  # what a process has drawn before changes nothing
-    plan = train.plan_step(step, rows, pairs, s, config, pairs.tokenizer)
+    plan = train.plan_step(step, rows, pairs, s, config, pairs.tokenizer, groups)
     torch.manual_seed(random.randrange(2**31))
-    again = train.plan_step(step, rows, pairs, s, config, pairs.tokenizer)
+    again = train.plan_step(step, rows, pairs, s, config, pairs.tokenizer, groups)
     assert all(torch.equal(a, b) for a, b in zip(plan, again))
 
     objectives = s.objectives.split(",")
@@ -826,7 +826,7 @@ def test_a_mismatched_pair_shares_neither_product_nor_caption(pairs, seed, G, st
     few = SimpleNamespace(rows=pairs.rows, tokens=pairs.tokens, products=torch.arange(n).clamp(min=n // 2), captions=torch.arange(n).clamp(max=n // 2 + 4), groups=pairs.groups)
     few.tokens = torch.where(torch.arange(n)[:, None] > n // 2 + 4, pairs.tokens[n // 2 + 4], pairs.tokens)
     few.tokens[:, 1] = torch.arange(n) + 100  # the second word tells which row a caption came from
-    s = train.Settings(seed=seed, match_whole=False, itm_negatives="uniform", objectives="mir,itm")
+    s = train.Settings(seed=seed, match_whole=False, objectives="mir,itm")
     rows = data.batch_rows(step, G, n, seed)
     plan = train.plan_step(step, rows, few, replace(s, mask_unit=8), SimpleNamespace(image_size=32, vocab_size=len(pairs.tokenizer)), pairs.tokenizer)
     other = plan.words[:, 1] - 100
@@ -857,11 +857,25 @@ def test_batches_of_alike_products_come_when_hard_negatives_come(pairs):
         assert torch.equal(train.rows_of_step(step, pairs, replace(s, alike=1)), data.batch_rows(step, 7, n, s.seed))
 
 
+@pytest.mark.parametrize("negatives", ["uniform", "subcategory", "hard"])
+def test_negatives_are_uniform_before_they_are_hard(pairs, monkeypatch, negatives):
+    drawn, similar, usual, alike = [], [], data.draw_negatives, mvlt.hard_negatives
+    monkeypatch.setattr(data, "draw_negatives", lambda *given: (drawn.append(given[4]), usual(*given))[1])
+    monkeypatch.setattr(mvlt, "hard_negatives", lambda *given: (similar.append(True), alike(*given))[1])
+    monkeypatch.setattr(data, "images_to_float", lambda images: images.contiguous().double() / 255)
+    s, model = train.resolve(dict(batch_size=10, mask_unit=8, bf16=False, itm_negatives=negatives)), tiny_model(pairs)
+    for hard in (False, True):
+        train.step_backward(model, next(iter(data.Batches(pairs.pictures, 10, s.seed, 4, 5))), pairs, s, pairs.tokenizer, contextlib.nullcontext, False, hard)
+    assert drawn[0] is None and len(drawn) == 2
+    assert (drawn[1] is pairs.groups) == (negatives == "subcategory") and (drawn[1] is None) == (negatives != "subcategory")
+    assert similar == [True] * (negatives == "hard")
+
+
 def test_a_hard_negative_takes_the_place_of_the_drawn_one(pairs):
     s = train.Settings(match_whole=False, objectives="itm,itc", mask_unit=8)
     rows, config = data.batch_rows(3, 10, len(pairs.rows), 0), SimpleNamespace(image_size=32, vocab_size=len(pairs.tokenizer))
     easy = train.plan_step(3, rows, pairs, s, config, pairs.tokenizer)
-    hard = train.plan_step(3, rows, pairs, s, config, pairs.tokenizer, torch.arange(10).roll(1).index_fill(0, torch.arange(5), -1))
+    hard = train.plan_step(3, rows, pairs, s, config, pairs.tokenizer, similar=torch.arange(10).roll(1).index_fill(0, torch.arange(5), -1))
     said = lambda plan, i: plan.words[i][plan.words[i] != 0].tolist()
     caption = lambda row: pairs.tokens[row][pairs.tokens[row] != 0].tolist()
     assert torch.equal(easy.matched, hard.matched) and not easy.matched.all()

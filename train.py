@@ -91,9 +91,9 @@ class Settings:
     mask_image_prob: float = 0.3  # how many of the pictures have anything hidden
     mask_words: float = 0.15  # r_l
     match_whole: bool = True  # matching reads only pairs with nothing hidden; False: every caption has hidden words, as the paper
-    itm_negatives: str = "uniform"  # as the paper, or subcategory, or hard: alike to the towers
+    itm_negatives: str = "uniform"  # as the paper; from hard_from on also subcategory: of the same, or hard: half of them alike to the towers
     itm_from: float = 0.1  # share of the steps before matching and the rest join the contrast: towers first
-    hard_from: float = 0.7  # share of the steps before which hard negatives are uniform: easy before hard
+    hard_from: float = 0.7  # share of the steps before which all negatives are uniform: easy before hard
     alike: int = 1  # from hard_from on, so many batches in a row are filled sub-category by sub-category: the contrast's negatives are hard, too
     modality: str = "both"  # what recognition reads: both, image or text
     drop_caption: float = 0.2  # how many of the whole, matched pairs recognition reads without their caption, to know photos that have none
@@ -261,11 +261,12 @@ def same_product(pairs, rows):
     return (products[:, None] == products) | (captions[:, None] == captions)
 
 
-def plan_step(step, rows, pairs, s, config, tokenizer, similar=None):
+def plan_step(step, rows, pairs, s, config, tokenizer, groups=None, similar=None):
     """
     Half of the pairs get another's caption (with match_whole: of those with nothing hidden); pictures and words are hidden; some captions
-    are left away, for recognition. `similar` (G,) holds, for each pair, the place in the batch of a caption that the towers find alike, -1
-    for none. MIR and MLM count matched pairs only, and MIR only pictures with something hidden.
+    are left away, for recognition. The other's is drawn among all, or in the row's own group where there are `groups`; `similar` (G,) holds,
+    for each pair, the place in the batch of a caption that the towers find alike and that is taken instead, -1 for none. MIR and MLM count
+    matched pairs only, and MIR only pictures with something hidden.
     """
     G, objectives, draw = len(rows), s.chosen, lambda what: data.generator(s.seed, step, what)
     hide_image = torch.rand(G, generator=draw("hide")) < s.mask_image_prob
@@ -275,7 +276,6 @@ def plan_step(step, rows, pairs, s, config, tokenizer, similar=None):
 
     caption_rows = rows.clone()
     if not matched.all():
-        groups = pairs.groups if s.itm_negatives == "subcategory" else None
         other = data.draw_negatives(rows, pairs.products, pairs.captions, draw("negatives"), groups)
         if similar is not None:
             other = torch.where(similar >= 0, rows[similar], other)
@@ -368,13 +368,14 @@ def step_backward(model, batch, pairs, s, tokenizer, autocast, towers_only, hard
             vectors = [read_towers(model, images[i], words[part], keys[i]) for i, part in enumerate(parts)]
         world = evaluation.world()
         everyone = gather(torch.cat(vectors, dim=1), [s.batch_size * r // world for r in range(world + 1)])
-        if hard:
+        if hard and s.itm_negatives == "hard":
             logits = evaluation.as_logit(model, everyone[0] @ everyone[1].T)
             similar = mvlt.hard_negatives(logits.cpu(), same, data.generator(s.seed, batch["step"], "hard"))
             easy = torch.rand(len(rows), generator=data.generator(s.seed, batch["step"], "easy")) < 0.5
             similar[easy] = -1  # half stay uniform: with hard ones alone, ITM forgets the easy
 
-    plan = None if towers_only else plan_step(batch["step"], rows, pairs, s, model.config, tokenizer, similar)
+    groups = pairs.groups if hard and s.itm_negatives == "subcategory" else None
+    plan = None if towers_only else plan_step(batch["step"], rows, pairs, s, model.config, tokenizer, groups, similar)
     empty_caption = torch.tensor(tokenizer.encode(""))
     for i, part in enumerate(parts):
         losses = {}
@@ -789,8 +790,7 @@ def main(args, given, changes):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, s)
             towers_only = names == ["itc"] or "itc" in names and step < s.itm_from * s.steps
-            hard = s.itm_negatives == "hard" and step >= s.hard_from * s.steps
-            totals = step_backward(model, batch, train, s, tokenizer, autocast, towers_only, hard)
+            totals = step_backward(model, batch, train, s, tokenizer, autocast, towers_only, hard=step >= s.hard_from * s.steps)
             losses, stop = sum_over_processes(model, totals, names, bool(asked))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip).item()
             numbers = {**{f"loss {name}": loss for name, loss in losses.items()}, "gradient's norm": norm}
