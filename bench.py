@@ -174,11 +174,11 @@ def differences(model, batch):
 
 def seconds(call, device):
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     call()
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -207,6 +207,8 @@ class Runner:
     def __init__(self, way, precision, device):
         self.way, self.precision, self.device = way, precision, torch.device(device)
         self.ours = isinstance(way, Ours)
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
 
     def prepare(self, config, size, words=(30, 50)):
         if self.ours:
@@ -267,7 +269,10 @@ class Runner:
         self.step(micro_batches), self.step(micro_batches)
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # getrusage would count the parent's too
+        status = Path("/proc/self/status")
+        if not status.exists():  # no Linux
+            return int(1e9 * train.memory(self.device))
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])  # getrusage would count the parent's too
 
     def largest_batch(self, config, size=64):
         """(pairs, seconds): the largest power of two of pairs whose step a GPU holds, and how long it takes."""
@@ -316,8 +321,14 @@ class Runner:
 RUNNER = None  # of this process
 
 
+def strict_fp32():
+    """On a GPU, convolutions in fp32 would else be of TF32, and products not."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def start(*arguments):
     global RUNNER
+    strict_fp32()
     RUNNER = Runner(*arguments)
     torch._dynamo.config.recompile_limit = 64  # four stages, with and without a gradient, a picture, a caption
 
@@ -488,6 +499,7 @@ def check(config, device):
 
 
 def main(args):
+    strict_fp32()
     device, small = torch.device(args.device), dict(vocab_size=500, depths=(1, 1, 1, 1), dims=(16, 32, 40, 64))
     size, rounds, few, candidates = args.batch_size or 16, 5, 2, 101
     if args.quick:

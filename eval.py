@@ -307,7 +307,7 @@ def autocast(device):
         able = getattr(torch.cpu, "get_capabilities", dict)()
         gains = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
     else:
-        gains = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        gains = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=gains)
 
 

@@ -16,8 +16,8 @@ Read it beside the paper: Table 1 is `Config`, Eq. 1 and 2 are `Stage`, Eq. 3 an
                                                                      '-- mean of T4        -> caption tower
 
 Letters: B batch, L words, H and W the picture's sides, P patch side, N = HW/P^2 patches, k the stage 1..4, D_k its width, M_k its depth,
-R PVT's reduction of keys and values (Table 1's R_k, 4 to 32, is image_size / side(k)), alpha P the side of a masking unit, Q the number of
-units, r_v and r_l the ratios hidden.
+R PVT's reduction of keys and values (Table 1's R_k, 4 to 32, is another: the picture's side over the map's), alpha P the side of a masking
+unit, Q the number of units, r_v and r_l the ratios hidden. The code counts stages from 0.
 Departures from the paper and from the authors' code are said on the line where they happen; the README lists them.
 """
 import argparse
@@ -162,7 +162,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU, Linear. The hidden layer, 4 or 8 times as wide, is not kept for the backward pass but computed again: two fifths of a step's memory."""
+    """Linear, GELU, Linear. The hidden layer, 4 or 8 times as wide, is not kept for the backward pass but computed again, which saves two fifths of a step's memory."""
 
     AT_ONCE = 1 << 22  # numbers of the hidden layer, on a CPU: what stays in its cache takes up to a tenth less time, and less memory
 
@@ -446,7 +446,7 @@ def random_units(batch, h, w, ratio, generator=None):
 
 
 def grid_units(h, w, ratio):
-    """Every n of m units along each row, shifted by one from row to row (a chessboard at 1/2): the n/m that comes nearest to the ratio."""
+    """In each row n of every m units, shifted by one from row to row (a chessboard at 1/2): the n/m that comes nearest to the ratio."""
     diagonal = torch.arange(h)[:, None] + torch.arange(w)
     lattices = (diagonal % m < n for m in range(1, max(h, w) + 1) for n in range(m + 1))
     return min(lattices, key=lambda hidden: abs(hidden.float().mean().item() - ratio))

@@ -252,7 +252,7 @@ def test_accumulation_equals_one_large_batch(plain, shop, tmp_path, micro_batch)
 
 
 def test_a_step_in_which_nothing_is_hidden_teaches_mir_nothing(shop, tmp_path):
-    still = "--objectives mir --mask-image-prob 0 --steps 1 --weight-decay 0".split()
+    still = "--objectives mir --mask-image-prob 1e-9 --steps 1 --weight-decay 0".split()
     one, other = (weights_of(in_process(tmp_path / lr, *TINY, *still, "--data", shop, "--lr", lr)) for lr in ("1e-3", "1e-1"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -267,6 +267,36 @@ def test_another_setting_gives_other_weights(plain, shop, tmp_path, changed):
 
 def test_recomputed_activations_give_the_same_weights(plain, shop, tmp_path):
     assert_close(in_process(tmp_path / "recompute", *TINY, *RUN, *EXACT, "--data", shop, "--recompute"), plain)
+
+
+def test_a_head_that_joins_late_counts_its_steps_from_then(unbroken):
+    """AdamW's first steps are the right size for a parameter that has seen no zeros before."""
+    model, saved = mvlt.load(unbroken / "last.pt"), mvlt.read(unbroken / "last.pt")
+    vectors_last = sorted(model.named_parameters(), key=lambda named: named[1].ndim <= 1)  # as the optimiser's groups
+    for number, (name, _) in enumerate(vectors_last):
+        late = name.startswith(("decoder", "match_head", "word_head", "category_head", "subcategory_head"))
+        assert saved["optimizer"]["state"][number]["step"] == (6 if late else 8), name  # --itm-from 0.25 of 8
+
+
+def test_norms_and_biases_are_not_decayed(pairs):
+    groups = train.make_optimizer(tiny_model(pairs), train.Settings(weight_decay=0.3)).param_groups
+    assert all((parameter.ndim > 1) == (group["weight_decay"] == 0.3) for group in groups for parameter in group["params"])
+
+
+def test_the_best_checkpoint_is_the_one_that_validates_best():
+    s, recognise = train.Settings(), train.resolve(dict(task="recognise"))
+    better = lambda good, bad, s: train.goodness(good, s) > train.goodness(bad, s)
+    assert better(dict(tir_towers=0.6, itr_towers=0.5, mir=9.0), dict(tir_towers=0.5, itr_towers=0.5, mir=0.0), s)
+    assert better(dict(tir_towers=0.5, itr_towers=0.6, mir=9.0), dict(tir_towers=0.5, itr_towers=0.5, mir=0.0), s)
+    assert better(dict(mir=0.1, itm=0.5), dict(mir=0.2, itm=0.5), s) and better(dict(mir=0.1, itm=0.5), dict(mir=0.1, itm=0.6), s)
+    assert better(dict(cr_accuracy=0.9, cr=5.0), dict(cr_accuracy=0.8, cr=0.0), recognise)
+
+
+def test_validation_does_not_depend_on_the_batch_size(pairs):
+    model = tiny_model(pairs).float()
+    found = [train.validate(model, pairs, train.Settings(mask_unit=8, batch_size=size), pairs.tokenizer, contextlib.nullcontext) for size in (1, 2, 5, 32)]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-4) and other.keys() >= {"mir", "itm", "mlm", "cr", "tir_towers", "itr_towers", "cr_accuracy"}
 
 
 # --- Gradients of one step, against the loss written out in one piece ---
@@ -587,6 +617,10 @@ IMPOSSIBLE = {
     "--shift -1": "--shift must not be below 0",
     "--zoom 1": "--zoom must lie in [0, 1)",
     "--itm-from 1": "--itm-from must lie in [0, 1)",
+    "--mask-image-prob 0": "--mask-image-prob must be above 0, for mir and mlm to read any pair, got 0.0",
+    "--mask-image-prob 0 --objectives mir,itm --no-match-whole": "--mask-image-prob must be above 0, for mir to read any pair, got 0.0",
+    "--mask-image-prob 1 --objectives mir,itm": "--mask-image-prob must be below 1, for itm to read any pair, got 1.0",
+    "--mask-image-prob 1 --no-match-whole": "--mask-image-prob must be below 1, for cr to read any pair, got 1.0",
     "--workers -1": "--workers must not be below 0",
     "--seed -1": "--seed must not be below 0",
     "--seed 99999999999999999999": "--seed must not be below 0 nor absurdly large",
@@ -635,6 +669,7 @@ def test_what_the_data_cannot_give_is_refused(shop, tmp_path):
         in_process(tmp_path / "run", *base)
     with pytest.raises(train.RunError, match="--itm-negatives subcategory needs the field subcategory"):
         in_process(tmp_path / "run", *base, "--objectives", "mir,itm", "--itm-negatives", "subcategory")
+    in_process(tmp_path / "plus", *TINY, "--preset", "plus", "--data", folder, "--steps", "3", "--batch-size", "12", "--workers", "0")  # wants them, and does without
     lines = (folder / "val.jsonl").read_text().splitlines()
     (folder / "val.jsonl").write_text((lines[0] + "\n") * 2)
     with pytest.raises(train.RunError, match="val: row 0 of the catalogue can have no negative.*leave itm out of --objectives"):
@@ -655,7 +690,7 @@ def test_the_script_ends_with_the_status_and_one_line_that_fit(unbroken, tmp_pat
 
 GIVEN = st.fixed_dictionaries({}, optional={
     "preset": st.sampled_from(["demo", "paper", "plus"]), "task": st.sampled_from(["pretrain", "recognise"]), "lr": st.floats(1e-3, 1), "seed": SEEDS,
-    "batch_size": st.integers(1, 99), "steps": st.integers(1, 99), "mirror": st.floats(0, 1), "mask_image_prob": st.floats(0, 1), "warmup": st.floats(0, 1),
+    "batch_size": st.integers(1, 99), "steps": st.integers(1, 99), "mirror": st.floats(0, 1), "mask_image_prob": st.floats(0.01, 0.99), "warmup": st.floats(0, 1),
 })
 
 
@@ -717,9 +752,9 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path):
 
 OF_THE_RECIPE = """--w-mir 1 | --w-itm 2 | --w-mlm 2 | --w-itc 2 | --w-cr 2 | --mask-ratio 0.2 | --mask-unit 16 | --mask-style grid | --mask-image-prob 0.9 | --mask-words 0.9
     | --no-match-whole | --itm-negatives uniform | --itm-negatives subcategory | --itm-from 0 | --hard-from 1 | --alike 1 | --drop-caption 1 | --mirror 0 | --shift 0 | --zoom 0 | --lr 1e-3
-    | --final-lr 4e-4 | --warmup 1 | --weight-decay 1 | --clip 0.01 | --seed 1 | --batch-size 13 | --objectives mir,itm,mlm,itc | --no-bf16 | --dropout 0.5 | --drop-path 0.5
+    | --final-lr 4e-4 | --warmup 1 | --weight-decay 1 | --clip 0.01 | --seed 1 | --batch-size 13 | --objectives mir,itm,mlm,itc | --dropout 0.5 | --drop-path 0.5
     | --steps 5 | --vocab-words 300 | --fit pad"""
-OF_THE_MACHINE = "--log-every 3 | --save-every 2 | --workers 1 | --no-compile"
+OF_THE_MACHINE = "--log-every 3 | --save-every 2 | --workers 1"
 SHORT = "--steps 4 --itm-from 0.25 --hard-from 0.5 --log-every 1 --save-every 100 --mask-image-prob 0.5".split()
 
 
@@ -752,6 +787,11 @@ def weights_of(run):
 def test_every_setting_of_the_recipe_changes_what_is_learnt(short, oblong, tmp_path, flag):
     before, after = weights_of(short), weights_of(in_process(tmp_path / "run", *TINY, *RUN, *SHORT, *flag, "--data", oblong))
     assert any(after[name].shape != value.shape or not torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.skipif(not evaluation.autocast(torch.device("cpu"))._enabled, reason="this CPU gains nothing from bf16, so that it is off")
+def test_bf16_changes_what_is_learnt(short, oblong, tmp_path):
+    test_every_setting_of_the_recipe_changes_what_is_learnt(short, oblong, tmp_path, ["--no-bf16"])
 
 
 @pytest.mark.parametrize("flag", each(OF_THE_MACHINE), ids="".join)

@@ -3,13 +3,13 @@ Pre-training (Sec. 3.2, 4.1) and fine-tuning (Sec. 3.3), on one process or many,
 
     python train.py                                                         the toy demo: draw a boutique, train, evaluate, write a report
     torchrun --nproc_per_node=8 train.py --preset paper --data DIR --init pvt_tiny.pth        the paper's run
-    torchrun --nproc_per_node=8 train.py --preset plus --data DIR           the same with twin towers and hard negatives (not in the paper)
+    torchrun --nproc_per_node=8 train.py --preset plus --data DIR           the same with twin towers and harder negatives (not in the paper)
     python train.py --task recognise --from runs/1 --data DIR               fine-tune for recognition, M-CR and S-CR
     python train.py --out runs/1 --resume                                   go on where runs/1 stopped, exactly
 
-Batches, masks and negatives depend on (seed, step) alone and are drawn for the global batch of G pairs, of which each process takes its
-slice; dropout depends on where the slice begins, too. So a resumed run repeats the unbroken one, and any number of processes, loaders and
-micro-batches computes the same steps but for dropout.
+Batches, masks and negatives depend on (seed, step) alone (hard negatives on the weights, too) and are drawn for the global batch of G pairs,
+of which each process takes its slice; dropout depends on where the slice begins, too. So a resumed run repeats the unbroken one (on a CPU
+bit by bit), and any number of processes, loaders and micro-batches computes the same steps but for dropout and rounding.
 Every field of `Settings` and of `mvlt.Config` is a flag of its own name.
 """
 import argparse
@@ -132,7 +132,7 @@ PAPER = dict(
     mirror=0.0, shift=0, zoom=0.0, vocab_words=30522, epochs=150.0, batch_size=1200, lr=2.5e-3, final_lr=1e-5, warmup=5 / 150, workers=4, save_every=1000,
 )  # Sec. 4.1; epochs, warm-up and final learning rate from the authors' code
 PLUS = dict(
-    PAPER, objectives="mir,itm,mlm,itc", mask_image_prob=0.25, match_whole=True, itm_negatives="hard", itm_from=0.4, hard_from=0.6, alike=8,
+    PAPER, objectives="mir,itm,mlm,itc", mask_image_prob=0.25, match_whole=True, itm_negatives="subcategory", itm_from=0.4, hard_from=0.6, alike=8,
     drop_caption=0.2, mirror=0.5, shift=3, zoom=0.2, lr=1e-3,
 )  # twin towers, negatives that are hard, and pictures never twice the same
 PRESETS = {"demo": {}, "paper": PAPER, "plus": PLUS}
@@ -213,6 +213,10 @@ def resolve(given, base=None):
         mvlt.require("itc" in s.chosen, "--itm-negatives hard", "needs the towers: add itc to --objectives", s.objectives)
     mvlt.require(s.modality == "both" or s.chosen == ["cr"], "--modality", "must be both, unless --task recognise", s.modality)
     mvlt.require(s.task == "pretrain" or s.chosen == ["cr"], "--objectives", "must be cr alone with --task recognise", s.objectives)
+    hidden, whole = ({"mir", "mlm"}, {"itm", "cr"}) if s.match_whole else ({"mir"}, {"cr"})  # what reads pairs with something, with nothing hidden
+    some, none = hidden & set(s.chosen), whole & set(s.chosen)
+    mvlt.require(s.mask_image_prob > 0 or not some, "--mask-image-prob", f"must be above 0, for {' and '.join(sorted(some))} to read any pair", s.mask_image_prob)
+    mvlt.require(s.mask_image_prob < 1 or not none, "--mask-image-prob", f"must be below 1, for {' and '.join(sorted(none))} to read any pair", s.mask_image_prob)
     if dist.is_initialized():
         mvlt.require(s.batch_size >= dist.get_world_size(), "--batch-size", f"must be at least the number of processes, {dist.get_world_size()}", s.batch_size)
     return s
@@ -358,7 +362,7 @@ def step_backward(model, batch, pairs, s, tokenizer, autocast, towers_only, hard
     rows, (lo, hi), device = batch["rows"], batch["slice"], next(model.parameters()).device
     size = s.micro_batch or hi - lo
     parts = [slice(start, min(start + size, hi)) for start in range(lo, hi, size)]
-    images = [data.images_to_float(batch["images"][part.start - lo : part.stop - lo].to(device, non_blocking=True)) for part in parts]
+    images = [data.images_to_float(batch["images"][part.start - lo : part.stop - lo].to(device)) for part in parts]
     keys = [(s.seed, batch["step"], part.start) for part in parts]
     totals, similar = {}, None
     contrast, words, same = "itc" in s.chosen, data.trim(pairs.tokens[rows]), same_product(pairs, rows)
@@ -501,9 +505,12 @@ def transplant(old, model, heads_too):
 HEADS = {"mir": "decoder", "itm": "match_head", "mlm": "word_head", "itc": "(image_tower|text_tower|log_scale)", "cr": "(category_head|subcategory_head)"}
 
 
-def choose_trained(model, s):
-    """Freeze what no objective of this run reaches, so that weight decay does not wear it away."""
-    unused = [pattern for name, pattern in HEADS.items() if name not in s.chosen]
+def choose_trained(model, s, objectives):
+    """
+    Freeze what none of these objectives reaches: weight decay does not wear it away, and AdamW counts its steps from when it is first
+    reached (with zeros until then, its first real steps would be several times too large).
+    """
+    unused = [pattern for name, pattern in HEADS.items() if name not in objectives]
     if s.modality == "text":
         unused.append(r"stages\.\d\.(embed_image|norm_image|position_image|blocks\.\d+\.attn\.(sr|norm))")
     for name, parameter in model.named_parameters():
@@ -656,12 +663,13 @@ def plain(value):
 def validate(model, pairs, s, tokenizer, autocast, limit=512):
     """The losses on fixed batches of the validation split, how the towers rank within it, and how often recognition is right."""
     n, losses, right = min(limit, len(pairs.rows)), {}, []
-    device = next(model.parameters()).device
+    device, everyone = next(model.parameters()).device, torch.arange(n)
+    plan = plan_step("validation", everyone, pairs, s, model.config, tokenizer)  # one plan for all: each part counts by its share, as in a step
     with evaluation.at_rest(model), autocast():
         for rows, images in whole_pictures(pairs, n, s, device):
-            plan, part = plan_step(f"validation {int(rows[0])}", rows, pairs, s, model.config, tokenizer), slice(0, len(rows))
-            for name, loss in fused_losses(model, images, plan, part, rows, pairs, s, torch.tensor(tokenizer.encode(""))).items():
-                losses[name] = losses.get(name, 0) + float(loss) * len(rows) / n
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            for name, loss in fused_losses(model, images, plan, part, everyone, pairs, s, torch.tensor(tokenizer.encode(""))).items():
+                losses[name] = losses.get(name, 0) + float(loss)
             if "cr" in s.chosen:
                 tokens = torch.tensor(tokenizer.encode("")).expand(len(rows), -1) if s.modality == "image" else data.trim(pairs.tokens[rows])
                 _, text = model.encode(None if s.modality == "text" else images, tokens.to(device))
@@ -743,12 +751,12 @@ def main(args, given, changes):
     config = model.config
     train = open_data(folder, s, "train", tokenizer, config, labels, args.skip_bad)
     val = open_data(folder, s, "val", tokenizer, config, labels, args.skip_bad)
-    if s.itm_negatives == "subcategory" and (train.groups < 0).all():
+    if given.get("itm_negatives") == "subcategory" and (train.groups < 0).all():  # a preset that wants it does without
         raise RunError(f"--itm-negatives subcategory needs the field subcategory in {folder}")
     check_negatives(s, train, val)
     s = replace(s, data=str(folder), steps=math.ceil(s.epochs * len(train.rows) / s.batch_size) if s.epochs else s.steps)
     model.to(device)
-    choose_trained(model, s)
+    choose_trained(model, s, s.chosen)
     optimizer = make_optimizer(model, s)
     autocast = (lambda: evaluation.autocast(device)) if s.bf16 else nullcontext
 
@@ -790,6 +798,7 @@ def main(args, given, changes):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, s)
             towers_only = names == ["itc"] or "itc" in names and step < s.itm_from * s.steps
+            choose_trained(model, s, ["itc"] if towers_only else names)
             totals = step_backward(model, batch, train, s, tokenizer, autocast, towers_only, hard=step >= s.hard_from * s.steps)
             losses, stop = sum_over_processes(model, totals, names, bool(asked))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip).item()
@@ -819,7 +828,7 @@ def main(args, given, changes):
                 if first:
                     save(out / "last.pt")
                 together()  # the others must not leave, and so end this run, before it is saved
-                raise RunError(f"stopped at step {step}; go on with: python train.py --out {out} --resume")
+                raise RunError(f"stopped at step {step}; go on with: python train.py --out {out} --resume{' --skip-bad' * args.skip_bad}")
 
     together()
     say(f"done. {out}: best.pt (chosen on the validation split), last.pt, log.jsonl, samples/\nevaluate it: python eval.py {out}")
@@ -830,7 +839,8 @@ def memory(device):
     """GB: the most that a GPU had allocated, or what this process has had resident."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
 def together():
