@@ -5,6 +5,7 @@ Where a law says "equal" it is checked in float64 on weights large enough to mat
 """
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
@@ -405,6 +406,28 @@ def test_the_mlp_in_pieces_equals_linear_gelu_linear_and_holds_no_more_than_its_
     whole = 0.5 * (x := z @ mlp.fc1.weight.T + mlp.fc1.bias) * (1 + torch.erf(x / 2**0.5)) @ mlp.fc2.weight.T + mlp.fc2.bias
     whole.square().sum().backward()
     assert_equal([out, *grads], [whole, z.grad, *(p.grad for p in mlp.parameters())])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_stage_compiled_as_on_a_gpu_is_one_graph_and_computes_the_same(monkeypatch, recompute):
+    """Traced with a GPU's branches, forward and backward, but run by PyTorch's own operations, so that no GPU or C++ compiler is needed."""
+    monkeypatch.setattr(mvlt, "attend", lambda q, k, v, seen: nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+    monkeypatch.setattr(mvlt.MLP, "AT_ONCE", 1 << 62)
+    torch._dynamo.reset()
+    plain = lively(SMALL).train().stages[1]  # two blocks, a reduction
+    compiled = copy.deepcopy(plain)
+    compiled.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    for batch, words in ((3, 7), (2, 10)):
+        inputs = torch.randn(batch, 16, 8, 8, dtype=torch.float64, generator=gen(0)), torch.randn(batch, words, 16, dtype=torch.float64, generator=gen(1))
+        seen = torch.arange(words) < torch.arange(words - batch, words)[:, None]
+        found = []
+        for stage in (plain, compiled):
+            stage.zero_grad()
+            torch.manual_seed(0)  # of DropPath
+            out = stage(*inputs, seen, recompute)
+            sum(x.square().sum() for x in out).backward()
+            found.append([*out, *(p.grad.clone() for p in stage.parameters())])
+        assert_equal(*found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
