@@ -333,26 +333,29 @@ def json_object(line):
 def manifest_csv(path):
     """One record a line (more where a quoted field goes on), under a header that names the fields."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        lines = csv.reader(file, strict=True)
+        written = list(file)
+    lines = csv.reader(written, strict=True)
+    try:
+        header = next(lines, [])
+    except csv.Error as error:
+        raise DataError(f"{path}:1: bad CSV ({error})") from None
+    lacking = [name for name in ("image", "caption", "product_id") if name not in header]
+    twice = [name for name, count in Counter(header).items() if name and count > 1]
+    if lacking or twice:
+        wrong = f"lacks {', '.join(lacking)}" if lacking else f"names {', '.join(twice)} twice"
+        raise DataError(f"{path}:1: the header {wrong} (it says {','.join(header)!r})")
+    start, done = 0, lines.line_num  # the lines before this reader's first, and those that are dealt with
+    while done < len(written):
         try:
-            header = next(lines, [])
-        except csv.Error as error:
-            raise DataError(f"{path}:1: bad CSV ({error})") from None
-        lacking = [name for name in ("image", "caption", "product_id") if name not in header]
-        if lacking:
-            raise DataError(f"{path}:1: the header lacks {', '.join(lacking)} (it says {','.join(header)!r})")
-        while True:
-            try:
-                fields = next(lines)
-                record = dict(zip(header, fields))
-                if len(fields) != len(header):
-                    record = f"bad CSV ({len(fields)} fields under a header of {len(header)})"
-            except StopIteration:
-                return
-            except csv.Error as error:
-                fields, record = None, f"bad CSV ({error})"
-            if fields != []:  # [] is a blank line
-                yield f"{path.name}:{lines.line_num}", record
+            for fields in lines:
+                done = start + lines.line_num
+                if fields:  # [] is a blank line
+                    wrong = f"bad CSV ({len(fields)} fields under a header of {len(header)})" * (len(fields) != len(header))
+                    yield f"{path.name}:{done}", wrong or dict(zip(header, fields))
+        except csv.Error as error:  # a quote left open may have swallowed good lines: go on with the next one
+            start = done = done + 1
+            yield f"{path.name}:{done}", f"bad CSV ({error})"
+            lines = csv.reader(written[done:], strict=True)
 
 
 def open_h5(path):
@@ -619,6 +622,8 @@ def open_picture(folder, reference, at_least=None):
 
 def upright_rgb(image):
     """Bring a picture of any mode to RGB, turned as its EXIF says."""
+    image.getexif()  # Pillow remembers which way is up; without the bytes it does not trip over another tag that is malformed
+    image.info.pop("exif", None)
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("nothing says which number is white among its floating-point pixels")
@@ -994,10 +999,11 @@ def folder_report(folder):
         bad |= dict.fromkeys(f"{row['where']}: {undecoded[row['image']]}" for row in rows if row["image"] in undecoded)
         splits[split] = [row for row in rows if row["image"] in good]
     rows = sum(splits.values(), [])
+    products = {split: len({row["product_id"] for row in rows}) for split, rows in splits.items()}
     report = [f"rows        {len(rows)}: " + ", ".join(f"{split} {len(rows)}" for split, rows in splits.items())]
     if rows:
         report += [
-            f"products    {len({row['product_id'] for row in rows})}",
+            report_products(rows, products),
             report_pictures(good),
             report_captions(rows),
             report_categories(splits, "category"),
@@ -1007,12 +1013,19 @@ def folder_report(folder):
     return report + [f"bad rows    {len(bad)}"], list(bad), rows
 
 
+def report_products(rows, products):
+    """How many products, and what a split with few of them cannot do."""
+    few = [f"{split} has too few to {what} ({least})" for split, least, what in (("train", 2, "learn matching"), ("val", 2, "judge matching"), ("test", 101, "draw candidates"))
+           if split in products and products[split] < least]
+    return f"products    {len({row['product_id'] for row in rows})}: " + ", ".join(f"{split} {count}" for split, count in products.items()) + "".join(f"; {line}" for line in few)
+
+
 def report_pictures(good):
     """How many pictures, and of which sizes."""
     sizes = Counter(size for size, _ in good.values())
     small, large = (f"{width}x{height}" for width, height in (min(sizes, key=math.prod), max(sizes, key=math.prod)))
-    common = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sizes.most_common(3))
-    return f"pictures    {len(good)}: {common}, ...; the smallest {small}, the largest {large}"
+    common = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sizes.most_common(3)) + ", ..." * (len(sizes) > 3)
+    return f"pictures    {len(good)}: {common}; the smallest {small}, the largest {large}"
 
 
 def report_captions(rows):
@@ -1028,22 +1041,25 @@ def report_categories(splits, field):
     missing = counts.pop("", 0)
     if not counts:
         return f"{field:11} missing in all rows"
-    common = ", ".join(f"{name} ({count})" for name, count in counts.most_common(3))
+    common = ", ".join(f"{name} ({count})" for name, count in counts.most_common(3)) + ", ..." * (len(counts) > 3)
     unseen = sorted(set(counts).difference(class_names(splits.get("train", []), field)))
-    return f"{field:11} {len(counts)} names: {common}, ...; missing in {missing} rows; never in train: {', '.join(unseen) or 'none'}"
+    return f"{field:11} {len(counts)} names: {common}; missing in {missing} rows; never in train: {', '.join(unseen) or 'none'}"
 
 
 def report_duplicates(rows, good):
-    """How many captions tell of several products, and how many pictures occur under several names."""
-    owners, names = defaultdict(set), defaultdict(list)
+    """How many captions tell of several products, how many pictures show several, and how many occur under several names."""
+    told, shown, names = defaultdict(set), defaultdict(set), defaultdict(set)
     for row in rows:
-        owners[plain_caption(row)].add(row["product_id"])
-    for reference, (_, digest) in good.items():
-        names[digest].append(reference)
-    shared = [repr(caption) for caption, products in owners.items() if len(products) > 1]
-    same = [" = ".join(references[:3]) for references in names.values() if len(references) > 1]
-    example, twin = (f" (as {found[0]})" if found else "" for found in (shared, same))
-    return f"duplicates  {len(shared)} captions tell of several products{example}; {len(same)} pictures have several names{twin}"
+        _, digest = good[row["image"]]
+        told[plain_caption(row)].add(row["product_id"])
+        shown[digest].add(row["product_id"])
+        names[digest].add(row["image"])
+    shared = [repr(caption) for caption, products in told.items() if len(products) > 1]
+    placeholders = [min(names[digest]) for digest, products in shown.items() if len(products) > 1]
+    same = [" = ".join(sorted(references)[:3]) for references in names.values() if len(references) > 1]
+    example = lambda found: f" (as {found[0]})" if found else ""
+    return (f"duplicates  {len(shared)} captions tell of several products{example(shared)}; {len(placeholders)} pictures show several{example(placeholders)}; "
+            f"{len(same)} have several names{example(same)}")
 
 
 def contact_sheet(folder, rows, path, count=40, columns=8, side=160):
@@ -1120,4 +1136,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot spell must not cost the answer
     main()

@@ -68,7 +68,7 @@ def load(path, device="cpu"):
 def needs(run, objective):
     """DataError unless the run was trained for this; what a checkpoint does not say is taken to be so."""
     s = run.settings
-    untrained = f"{run.home}: {SKILLS[objective]} untrained in this run"
+    untrained = f"{run.home}: {SKILLS[objective]} untrained in this run" + " (search --best 0 asks the towers alone)" * (objective == "itm")
     objectives = s.get("objectives", ",".join(SKILLS)).split(",")
     if objective not in objectives:
         raise data.DataError(f"{untrained}: its objectives are {','.join(objectives)}, without {objective}")
@@ -98,12 +98,17 @@ def open_one(run, image):
 
 def open_many(run, folder, references):
     """Those that can be decoded, (n, H, W, 3) uint8, and {reference: reason} for the others."""
-    pixels, reasons = zip(*data.decode(folder, references, *run.shape))
-    return np.stack(pixels)[[reason is None for reason in reasons]], {name: reason for name, reason in zip(references, reasons) if reason}
+    (size, _), good, bad = run.shape, [], {}
+    for name, (pixels, reason) in zip(references, data.decode(folder, references, *run.shape)):
+        if reason:
+            bad[name] = reason
+        else:
+            good.append(pixels)
+    return np.array(good, np.uint8).reshape(-1, size, size, 3), bad
 
 
 def files_below(folder):
-    """Every file below a folder, relative to it, sorted; hidden ones (.name) are passed by."""
+    """Every file below a folder, relative to it, sorted; hidden ones (.name) are passed by, and linked folders are not entered."""
     found = [path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()]
     return sorted(str(path) for path in found if not any(part.startswith(".") for part in path.parts))
 
@@ -116,14 +121,14 @@ def read_texts(path):
         raise data.DataError(f"{path}: cannot read the texts ({error})") from None
 
 
-def words(run, texts):
-    """The texts as (n, L) int64. A text of which the run knows no word is an error; the end of a long one is cut off, and said to be."""
+def words(run, texts, tell=True):
+    """The texts as (n, L) int64. A text of which the run knows no word is an error; the end of a long one is cut off, and with `tell` said to be."""
     tokenizer, longest = run.tokenizer, run.model.config.text_len
     for text in texts:
         ids = tokenizer.encode(text)
         if {tokenizer.cls_id, tokenizer.sep_id, tokenizer.unk_id}.issuperset(ids):
             raise data.DataError(f"{text!r}: the run knows none of its words" if text.strip() else "the text is empty")
-        if len(ids) > longest:
+        if tell and len(ids) > longest:
             print(f"{text[:40]!r}...: of its {len(ids) - 2} words the run reads the first {longest - 2}", file=sys.stderr)
     return data.tokenize([{"caption": text} for text in texts], tokenizer, longest)
 
@@ -159,17 +164,34 @@ def rank(run, query, answers, skip_bad=False):
     if not answers:
         raise data.DataError(f"{query}: nothing to rank for it")
     if is_picture(query):
-        pictures, tokens = open_one(run, query), words(run, answers)
+        scores = match_all(run, open_one(run, query), words(run, answers), "reading texts")
     else:
-        tokens, (pictures, bad) = words(run, [query]), open_many(run, "", answers)
-        if bad and not (skip_bad and len(pictures)):
+        answers, scores = match_pictures(run, answers, words(run, [query]), skip_bad)
+    return [(answers[i], scores[i].item()) for i in scores.argsort(descending=True, stable=True).tolist()]
+
+
+def match_all(run, pictures, tokens, what):
+    """Match - mismatch logits of one picture with every text, or of every picture with one text."""
+    pairs = torch.cartesian_prod(torch.arange(len(pictures)), torch.arange(len(tokens)))
+    return evaluation.pair_scores(run.model, pictures, tokens, pairs, BATCH, what if len(pairs) > BATCH else None)
+
+
+def match_pictures(run, images, tokens, skip_bad):
+    """The images that can be decoded, and the logit of each with the text; only a part of them is held in memory at a time."""
+    good, scores, left_out = [], [], {}
+    for start in range(0, len(images), PART):
+        part = images[start : start + PART]
+        pictures, bad = open_many(run, "", part)
+        if bad and not skip_bad:
             raise data.DataError(next(iter(bad.values())) + f" (and {len(bad) - 1} more)" * (len(bad) > 1))
         for reason in bad.values():
             print(f"left out {reason}", file=sys.stderr)
-        answers = [answer for answer in answers if answer not in bad]
-    pairs = torch.cartesian_prod(torch.arange(len(pictures)), torch.arange(len(tokens)))  # one of the two is alone
-    scores = evaluation.pair_scores(run.model, pictures, tokens, pairs, BATCH, "reading pairs" if len(pairs) > BATCH else None)
-    return [(answers[i], scores[i].item()) for i in scores.argsort(descending=True, stable=True).tolist()]
+        left_out |= bad
+        good += [image for image in part if image not in bad]
+        scores.append(match_all(run, pictures, tokens, f"pictures from {start + 1} of {len(images)}") if len(pictures) else torch.empty(0))
+    if not good:
+        raise data.DataError(f"no picture can be read: {next(iter(left_out.values()))}" + f" (and {len(images) - 1} more)" * (len(images) > 1))
+    return good, torch.cat(scores)
 
 
 def likeliest(logits, names, best=5):
@@ -227,9 +249,8 @@ def fill(run, image, text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
-# RUN/index-NAME/ holds index.json, written last, and the parts that it names: the vectors of up to PART pictures each. A part's name tells
-# its weights and its pictures apart from all others. So a part that is there is not read again when `index` was killed; when the folder grew,
-# those from its first new name on are.
+# RUN/index-NAME/ holds index.json, written last, and the parts that it names: the vectors of up to PART pictures each. A part is named after
+# its weights and its pictures. So after a kill only the missing parts are read, and in a folder that has grown, those from the first new name on.
 
 
 class Index(NamedTuple):
@@ -268,6 +289,8 @@ def index(run, folder, name=None):
     if (home / "index.json").exists() and (other := read_file(home / "index.json")["folder"]) != source:
         raise data.DataError(f"{home}: is the index of {other}; give this one another --name")
     items, lines = find_items(folder)
+    if not items:
+        raise data.DataError(f"{folder}: holds no picture that can be read" + "".join(f" ({line})" for line in lines[:1]))
     home.mkdir(exist_ok=True)
     weights, parts, good = fingerprint(run.model), [], []
     with tqdm(total=len(items), desc=f"indexing {folder}", unit=" pictures", disable=None) as bar:
@@ -331,27 +354,27 @@ def open_index(run, name=None):
 def search(run, query, index, best=20, show=10):
     """
     The pictures of an index (from `open_index`) nearest to a text by the towers, the `best` of them put in order by towers and ITM together;
-    or the nearest to a picture. Of a product's pictures only the nearest. Returns up to `show` dicts: image, caption, product_id, "near" (cosine), "match" (match - mismatch logit, None if not read).
+    or the nearest to a picture. Of a product's pictures only the nearest. Returns up to `show` dicts: image, caption, product_id, "near"
+    (cosine), "match" (match - mismatch logit) and "both" (what puts them in order), the last two None where ITM has not read.
     """
     if is_picture(query):
         vector, best = evaluation.tower_vectors(run.model, open_one(run, query), no_words(run))[0][0].float(), 0
     else:
-        tokens = words(run, [query])
+        tokens = words(run, [query], tell=not best)  # else `rank` tells
         with evaluation.at_rest(run.model) as device, evaluation.autocast(device):
             vector = run.model.embed_texts(tokens.to(device))[0].cpu()
     near, found, seen = index.vectors @ vector, [], set()
     for number in near.argsort(descending=True).tolist():
         image, caption, product = index.items[number]
         if product not in seen:
-            found.append({"image": image, "caption": caption, "product_id": product, "near": near[number].item(), "match": None})
+            found.append({"image": image, "caption": caption, "product_id": product, "near": near[number].item(), "match": None, "both": None})
             seen |= {product} - {""}  # "": it is not known
         if len(found) == max(best, show):
             break
     if best:
         paths = {os.path.join(index.folder, answer["image"]): answer for answer in found[:best]}
-        read = [{**paths[path], "match": match} for path, match in rank(run, query, list(paths), skip_bad=True)]
-        read.sort(key=lambda answer: -evaluation.both(run.model, answer["near"], answer["match"]).item())
-        found = read + found[best:]
+        read = [paths[path] | {"match": match, "both": evaluation.both(run.model, paths[path]["near"], match).item()} for path, match in rank(run, query, list(paths), skip_bad=True)]
+        found = sorted(read, key=lambda answer: -answer["both"]) + found[best:]
     return found[:show]
 
 
@@ -444,8 +467,8 @@ def show_search(run, args):
             print(error, file=sys.stderr)  # and wait for the next
             continue
         took = time.time() - start
-        rows = ((str(place), as_match(a["match"]), f"{a['near']:.3f}", a["image"], a["caption"]) for place, a in enumerate(found, 1))
-        table(("rank", "match", "near", "picture", "caption"), *rows)
+        rows = ((str(place), as_match(a["match"]), f"{a['near']:.3f}", "" if a["both"] is None else f"{a['both']:.2f}", a["image"], a["caption"]) for place, a in enumerate(found, 1))
+        table(("rank", "match", "near", "both", "picture", "caption"), *rows)
         print(f"{took:.2f} s among {len(opened.items)} pictures", flush=True)
         warn_if_alike([answer["near"] for answer in found])
         if args.out:
@@ -508,4 +531,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot spell must not cost the answer
     main()

@@ -40,19 +40,23 @@ def tables(results):
     lists, gallery = results.get("candidates"), results.get("full_gallery")
     for way, title in DIRECTIONS.items():
         if lists:
+            best = lists["best"] if f"{way}_reranked" in results["retrieval"] else 0
             note = (f"{lists['queries']} queries, {lists['size']} candidates each, mean ± sd of {lists['draws']} draw(s); {lists['filled']} of the "
-                    f"{lists['lists']} lists filled from other sub-categories. Re-ranked: by the towers' logit and half of ITM's, among the towers' best {lists['best']}.")
+                    f"{lists['lists']} lists filled from other sub-categories.{reranked(best)}")
             found.append(recall_table(f"Retrieval, {title}", note, way, results["retrieval"], METHODS, FASHION_GEN, "Fashion-Gen"))
         if gallery:
-            note = (f"{gallery['pictures']} pictures, {gallery['captions']} captions; re-ranked by the towers' logit and half of ITM's, among the towers' best {gallery['best']}. Cost: "
-                    f"{gallery['towers_read']} tower readings and {gallery['pairs_read']} pairs through the fusion encoder, "
-                    f"instead of {gallery['pairs_whole']} for all.")
+            note = (f"{gallery['pictures']} pictures, {gallery['captions']} captions.{reranked(gallery['best'])} Cost: {gallery['towers_read']} tower "
+                    f"readings and {gallery['pairs_read']} pairs through the fusion encoder, instead of {gallery['pairs_whole']} pairs for all.")
             galleries.append(recall_table(f"Full gallery, {title}", note, way, gallery, GALLERY_METHODS, COCO, "COCO 5K"))
     if "recognition" in results:
         found += [recognition_table(part, title, results["recognition"]) for part, title in CLASS_TITLES.items()]
     if "generation" in results:
         found.append(generation_table(results["generation"]))
     return found + galleries
+
+
+def reranked(best):
+    return f" Towers, then both: the towers' best {best} put in order by the towers' logit and half of ITM's." * (best > 0)
 
 
 def recall_table(title, note, way, results, methods, paper, where):

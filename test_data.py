@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -184,6 +185,24 @@ def test_bad_csv_lines_are_told_too(folder):
     (folder / "test.csv").write_text("image;caption;product_id\n")
     told = f"{folder}/test.csv:1: the header lacks image, caption, product_id (it says 'image;caption;product_id')"
     assert message(data.read, folder, "test") == told
+    (folder / "test.csv").write_text("image,caption,product_id,caption\n")
+    told = f"{folder}/test.csv:1: the header names caption twice (it says 'image,caption,product_id,caption')"
+    assert message(data.read, folder, "test") == told
+
+
+@given(opened=st.integers(0, 9), closed=st.integers(0, 9))
+def test_a_quote_left_open_costs_its_own_line_and_no_other(opened, closed):
+    """Wherever the next quote stands, also as part of a caption that is quoted well."""
+    lines = [f"{number}.png,coat {number},{number}\n" for number in range(10)]
+    lines[closed] = f'{closed}.png,"coat {closed}, ""big""",{closed}\n'
+    lines[opened] = f'{opened}.png,"coat {opened},{opened}\n'
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "test.csv"
+        path.write_text("image,caption,product_id\n" + "".join(lines))
+        found = list(data.manifest_csv(path))
+    assert [where for where, _ in found] == [f"test.csv:{number + 2}" for number in range(10)]
+    for number, (_, record) in enumerate(found):
+        assert record.startswith("bad CSV") if number == opened else record["product_id"] == str(number)
 
 
 def test_what_is_wrong_with_a_whole_folder_is_told(folder, tmp_path_factory):
@@ -377,6 +396,16 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path, orientation):
     stored = upright.transpose(Image.Transpose[back[orientation]]) if orientation > 1 else upright
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
+    assert (data.picture(tmp_path, "a.png", 16) == data.make_square(upright, 16, "stretch")).all()
+
+
+@pytest.mark.parametrize("tag, wrong", [(0x011A, (2, 4, b"lot\0")), (0x0100, (9, 1, struct.pack(">i", -1)))])  # a resolution in words, a width below 0
+def test_a_malformed_tag_beside_the_orientation_spoils_no_picture(tmp_path, tag, wrong):
+    tags = {0x0112: (3, 1, struct.pack(">HH", 6, 0)), tag: wrong}  # tag: (type, count, value)
+    block = b"".join(struct.pack(">HHI", number, kind, count) + value for number, (kind, count, value) in sorted(tags.items()))
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(tags)) + block + bytes(4)
+    upright = picture_of(1, (12, 16))
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
     assert (data.picture(tmp_path, "a.png", 16) == data.make_square(upright, 16, "stretch")).all()
 
 
@@ -888,13 +917,13 @@ def test_check_reports_a_good_folder_and_draws_it(folder, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"{folder}",
         "rows        8: train 6, val 1, test 1",
-        "products    5",
-        "pictures    6: 12x16 (6), ...; the smallest 12x16, the largest 12x16",
+        "products    5: train 3, val 1, test 1; val has too few to judge matching (2); test has too few to draw candidates (101)",
+        "pictures    6: 12x16 (6); the smallest 12x16, the largest 12x16",
         "captions    of 10 words in the middle, 99% up to 10, the longest 10 (more where the vocabulary cuts words in pieces)",
-        "category    2 names: COATS (7), HATS (1), ...; missing in 0 rows; never in train: HATS",
-        "subcategory 2 names: kind 0 (5), kind 1 (2), ...; missing in 1 rows; never in train: none",
+        "category    2 names: COATS (7), HATS (1); missing in 0 rows; never in train: HATS",
+        "subcategory 2 names: kind 0 (5), kind 1 (2); missing in 1 rows; never in train: none",
         "duplicates  1 captions tell of several products (as 'coat no. 0 in café brown.'); "
-        "1 pictures have several names (as images/0.png = images/copy.bmp)",
+        "2 pictures show several (as images/0.png); 1 have several names (as images/0.png = images/copy.bmp)",
         "bad rows    0",
         f"pictures and captions to look at: {folder}/sheet.png",
     ]

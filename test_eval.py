@@ -469,6 +469,16 @@ def test_full_gallery_agrees_with_every_pair_when_any_of_a_products_captions_cou
     assert results["pairs_read"] == results["pairs_whole"] == 2 * 8 * 24 and results["towers_read"] == 32
     few = evaluation.full_gallery(shop.model, catalogue, best=2)
     assert few["pairs_read"] == 8 * 2 + 24 * 2 and few["itr_towers"] == results["itr_towers"]
+    alone = evaluation.full_gallery(shop.model, catalogue, best=0)
+    assert alone == {name: value for name, value in results.items() if name not in ("tir", "itr")} | {"best": 0, "pairs_read": 0}
+
+
+def test_the_towers_alone_rank_the_gallery_of_a_run_that_was_never_taught_to_match(shop, tmp_path, capsys):
+    run = write_run(tmp_path / "run", shop.model, shop.folder, objectives="itc")
+    evaluation.main(evaluation.parse([str(run), "--full-gallery", "--device", "cpu"]))
+    found = json.loads((run / "results.json").read_text())["full_gallery"]
+    assert found["pairs_read"] == 0 and {"tir_towers", "itr_towers"} <= found.keys() and not {"tir", "itr"} & found.keys()
+    assert "towers alone" in (said := capsys.readouterr().out) and "both" not in said
 
 
 # --- Recognition and generation ---
@@ -740,3 +750,65 @@ def test_what_the_data_says_cannot_become_markup():
     shown = "".join(report.retrieval_section([entry]))
     assert "<script>" not in shown and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; co" in shown
     assert shown.count('class="match"') == 1
+
+
+def test_generation_agrees_with_measuring_each_picture_alone(shop, monkeypatch):
+    in_float32(monkeypatch)
+    found, wanted = evaluation.generation(shop.model, shop.catalogue, unit=8, batch_size=7), []
+    for n in range(110):
+        image = torch.from_numpy(shop.catalogue.pictures[[n]]).permute(0, 3, 1, 2) / 255
+        masked, hidden = mvlt.mask_images(image, "random", 0.5, 8, data.generator(0, "hide", n))
+        with torch.no_grad():
+            whole = shop.model.reconstruct(shop.model.encode(masked, shop.catalogue.tokens[[n]])[0]).clamp(0, 1)
+        kept, floor = image.clone(), image.clone()
+        for c in range(3):
+            kept[:, c][hidden[:, 0]], floor[:, c][hidden[:, 0]] = whole[:, c][hidden[:, 0]], image[:, c][~hidden[:, 0]].mean()
+        wanted.append([f(a, image).item() for a in (whole, kept, floor) for f in (evaluation.psnr, evaluation.ssim)])
+    names = ("psnr", "ssim", "psnr_pasted", "ssim_pasted", "floor_psnr", "floor_ssim")
+    assert [found[name] for name in names] == pytest.approx(np.mean(wanted, axis=0).tolist(), abs=1e-4)
+
+
+def test_the_command_reads_as_the_run_was_trained_and_as_it_is_asked(shop, tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", shop.model, shop.folder, fit="pad", objectives="mir,itm,mlm", mask_style="grid", mask_ratio=0.25)
+    asked, load = [], data.load
+    monkeypatch.setattr(data, "load", lambda folder, split, *rest: asked.append((split, *rest)) or load(folder, "test", *rest))
+    evaluation.main(evaluation.parse([str(run), "--split", "val", "--queries", "3", "--draws", "1", "--device", "cpu"]))
+    results = json.loads((run / "results.json").read_text())
+    assert asked == [("val", 32, "pad", False)]
+    assert set(results["retrieval"]) == {"tir", "itr"}  # the towers are untrained
+    assert [results["generation"][name] for name in ("style", "ratio", "unit")] == ["grid", 0.25, 8]
+
+
+def test_every_cell_of_the_tables_is_the_number_of_its_row():
+    number = iter(range(1, 1000))
+    recall = lambda: {**{f"R@{k}": next(number) / 1000 for k in (1, 5, 10)}, "SumR": float(next(number)), "median_rank": float(next(number))}
+    part = lambda: {"accuracy": next(number) / 1000, "macro_f": next(number) / 1000, "classes": 2, "unseen": 0}
+    kinds, methods = {"main": part(), "sub": part(), "reads": "both"}, ("", "_towers", "_reranked")
+    mir = {name: float(next(number)) for name in "psnr ssim psnr_hidden psnr_pasted ssim_pasted floor_psnr floor_ssim floor_psnr_hidden".split()}
+    results = {"candidates": dict(queries=1, size=2, draws=1, lists=1, filled=0, best=5), "retrieval": {way + m: recall() for way in ("tir", "itr") for m in methods},
+               "recognition": {**kinds, "also": {"the picture alone": {"main": part(), "sub": part()}}}, "generation": {**mir, "pictures": 1, "ratio": 0.5, "style": "grid", "unit": 8}}
+    shown = [[[float(cell.removesuffix(" dB")) for cell in cells if cell] for _, cells, _ in table["rows"]] for table in report.tables(results)]
+    for way, rows in zip(("tir", "itr"), shown):
+        for m, row in zip(methods, rows):
+            r = results["retrieval"][way + m]
+            assert row == pytest.approx([100 * r["R@1"], 100 * r["R@5"], 100 * r["R@10"], r["SumR"], r["median_rank"]])
+    for name, rows in zip(("main", "sub"), shown[2:4]):
+        for r, row in zip((kinds[name], results["recognition"]["also"]["the picture alone"][name]), rows):
+            assert row == pytest.approx([100 * r["accuracy"], r["macro_f"], 100 * (r["accuracy"] + r["macro_f"])])
+    for names, row in zip(("psnr ssim psnr_hidden", "psnr_pasted ssim_pasted psnr_hidden", "floor_psnr floor_ssim floor_psnr_hidden"), shown[4]):
+        assert row == [mir[name] for name in names.split()]
+
+
+def test_the_command_reads_the_classes_from_what_it_says(measured, shop):
+    found = json.loads((measured[0] / "results.json").read_text())["recognition"]
+    for shown, modality in ((found, "both"), (found["also"]["the picture alone"], "image")):
+        predicted = evaluation.read_classes(shop.model, shop.catalogue, shop.tokenizer.encode(""), modality).numpy()
+        assert {part: shown[part] for part in ("main", "sub")} == evaluation.recognition(shop.catalogue.rows, LABELS, predicted)
+
+
+@pytest.mark.parametrize("best", [1, 5, 40])
+def test_only_the_towers_best_are_put_in_order_anew(shop, best):
+    lists = evaluation.candidates(shop.catalogue.rows, 3, 12)
+    _, _, order = evaluation.retrieval(shop.model, shop.catalogue, [{"tir": lists, "itr": lists}], best=best)
+    for (scores,) in order.values():
+        assert ((scores > -1e5).sum(dim=1) == min(best, 12)).all()

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,12 +141,16 @@ def test_fill_answers_each_mask_with_words_and_leaves_the_others(run, photos):
         predict.fill(run, paths(photos)[0], "a red coat")
 
 
-def test_a_text_must_say_something_and_its_cut_is_said(run, photos, capsys):
+def test_a_text_must_say_something_and_its_cut_is_said(run, fresh, photos, capsys):
     for text, reason in (("", "empty"), ("  ", "empty"), ("zzz", "knows none")):
         with pytest.raises(data.DataError, match=reason):
             predict.score(run, paths(photos)[0], text)
     assert predict.score(run, paths(photos)[0], "red " * 9) == predict.score(run, paths(photos)[0], "red " * 6)
     assert "of its 9 words the run reads the first 6" in capsys.readouterr().err
+    predict.index(fresh, photos)
+    for best in (0, 2):
+        predict.search(fresh, "red " * 9, predict.open_index(fresh), best)
+        assert capsys.readouterr().err.count("of its 9 words the run reads the first 6") == 1  # once, whoever reads it
 
 
 # --- The index ---
@@ -330,6 +335,13 @@ def test_the_command_ends_in_status_0_or_in_one_line_and_status_1(fresh, photos)
         assert (done.returncode, done.stderr) == (status, "predict.py: missing picture nowhere.jpg\n" * status)
 
 
+def test_a_name_that_the_terminal_cannot_spell_does_not_cost_the_answer(fresh, photos):
+    shutil.copy(paths(photos)[0], photos / "é.png")
+    asked = [sys.executable, os.path.join(HERE, "predict.py"), fresh.home, "rank", "a coat", photos / "é.png"]
+    done = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "\\xe9.png" in done.stdout, done.stderr
+
+
 def test_every_command_prints_its_answer(fresh, photos, tmp_path, exact, monkeypatch, capsys):
     def command(*arguments):
         predict.main([str(argument) for argument in (fresh.home, *arguments)])
@@ -393,3 +405,17 @@ def test_a_missing_run_is_an_error_and_wrong_usage_another(fresh):
         with pytest.raises(SystemExit) as ended:
             predict.main([str(fresh.home), *wrong.split()])
         assert ended.value.code == 2
+
+
+def test_rebuild_reads_the_text_and_hides_as_the_run_was_trained(run, photos, exact):
+    image, trained = paths(photos)[1], run._replace(settings={**run.settings, "mask_style": "grid", "fit": "pad"})
+    result = predict.rebuild(trained, image, "a red coat", seed=3)
+    pixels = torch.from_numpy(data.picture("", image, 32, "pad")).permute(2, 0, 1)[None] / 255
+    masked, hidden = mvlt.mask_images(pixels, "grid", 0.5, 8, data.generator(3, "hide", 0))
+    with torch.no_grad():
+        whole = run.model.reconstruct(run.model.encode(masked, torch.tensor([run.tokenizer.encode("a red coat")]))[0]).clamp(0, 1)
+    assert np.abs(result["rebuilt"] - 255 * whole[0].permute(1, 2, 0).numpy()).max() <= 0.51
+    floor = torch.stack([channel.masked_fill(hidden[0, 0], channel[~hidden[0, 0]].mean()) for channel in pixels[0]])
+    error = {"psnr": whole[0], "floor": floor}
+    for name, shown in error.items():
+        assert result[name] == pytest.approx(-10 * np.log10(((shown - pixels[0])[:, hidden[0, 0]] ** 2).mean().item()), abs=1e-3)
