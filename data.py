@@ -920,7 +920,7 @@ class Batches:
     The pictures of the global batches from `start` up to `stop`, in order, loaded by `workers` processes. Yields dicts of
     "step", "rows" (G,) int64 (the whole global batch), "slice" (lo, hi) (this process's share of it) and
     "images" (g, 3, H, W) uint8 of rows[lo:hi], each mirrored with probability `mirror`, moved by up to `shift` pixels either way, and
-    seen through a window up to the share `zoom` narrower or wider, and lower or higher, than itself.
+    seen through a window whose width and height each differ from the picture's by up to the share `zoom`.
     rows_of: step -> the rows of its global batch; the epochs laid end to end, `batch_rows`, unless told other.
     """
 

@@ -217,6 +217,12 @@ def test_a_stopped_run_is_resumed_with_the_same_bits_by_any_number_of_loaders(st
     assert_bitwise(in_process(run, "--resume", "--device", "cpu"), unbroken)  # a run that is finished stays as it is
 
 
+def test_a_run_stopped_while_its_towers_train_alone_ends_with_the_same_bits(unbroken, shop, tmp_path):
+    run = stop_in_step(0, tmp_path / "early", *TINY, *RUN, "--data", shop)
+    assert mvlt.read(run / "last.pt")["step"] == 1
+    assert_bitwise(in_process(run, "--resume", "--device", "cpu"), unbroken)
+
+
 def test_two_processes_give_the_weights_of_one(plain, shop, tmp_path):
     out = tmp_path / "two"
     status, screen = finish(script(out, *TINY, *RUN, *EXACT, "--data", shop, processes=2))
