@@ -509,7 +509,7 @@ def test_weights_that_broke_in_the_last_step_never_reach_a_checkpoint(stopped, t
                 parameter.data.mul_(math.nan)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", ruin)
-    monkeypatch.setattr(train, "step_backward", lambda model, *rest: {"itc": sum(p.sum() for p in model.parameters() if p.requires_grad).backward() or torch.tensor(0.0)})
+    monkeypatch.setattr(train, "step_backward", lambda model, *rest, **more: {"itc": sum(p.sum() for p in model.parameters() if p.requires_grad).backward() or torch.tensor(0.0)})
     with pytest.raises(train.RunError, match=r"step 7: the (gradient's norm|loss \w+) is nan|the validation's \w+ is nan"):
         in_process(run, "--resume", "--device", "cpu")
     assert (run / "last.pt").read_bytes() == before
