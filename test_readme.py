@@ -12,8 +12,9 @@ import mvlt
 
 HERE = Path(__file__).resolve().parent
 README = (HERE / "README.md").read_text()
+BOTH = README + (HERE / "EXPERIMENTS.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if ".py" in line]
-NAMES = sorted(set(re.findall(r"`((?:mvlt|data|train|eval|predict|MVLT)\.\w+)", README)))
+NAMES = sorted(set(re.findall(r"`((?:mvlt|data|train|eval|predict|MVLT)\.\w+)", BOTH)))
 
 
 class Parsed(Exception):
@@ -42,7 +43,7 @@ def test_the_commands_were_found():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_that_the_readme_points_to_exists(name):
+def test_every_name_that_the_readme_or_the_experiments_point_to_exists(name):
     module, attribute = name.split(".")
     if attribute == "py":
         assert (HERE / name).is_file()
@@ -52,6 +53,6 @@ def test_every_name_that_the_readme_points_to_exists(name):
         assert hasattr(__import__(module), attribute)
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README)) | set(re.findall(r"`([A-Z]+(?:\.\w+)?)`", README)) & {"LICENSE", "CITATION.bib", "CONTRIBUTING.md"}))
-def test_every_file_that_the_readme_links_is_there_and_small(path):
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", BOTH)) | set(re.findall(r"`([A-Z]+(?:\.\w+)?)`", README)) & {"LICENSE", "CITATION.bib", "CONTRIBUTING.md"}))
+def test_every_file_that_the_readme_or_the_experiments_link_is_there_and_small(path):
     assert 0 < (HERE / path).stat().st_size < 1_000_000
