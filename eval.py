@@ -183,6 +183,12 @@ def filled(rows, lists):
     return sum(map(outside, lists))
 
 
+def counts(rows, draws):
+    """What the tables say of one way's lists, [lists of a draw, ...]."""
+    lists = [entry for draw in draws for entry in draw]
+    return {"queries": len(draws[0]), "size": len(lists[0]["candidates"]), "draws": len(draws), "lists": len(lists), "filled": filled(rows, lists)}
+
+
 def save_candidates(path, draws, rows):
     """
     draws: one {"tir": lists, "itr": lists} per draw, both the same lists -> a JSON list of {"query", "candidates", "draw", "product_id"},
@@ -417,7 +423,7 @@ def as_logit(model, near):
 
 
 def both(model, near, scores):
-    """What towers (cosines) and ITM (match - mismatch logits) say together. Half of ITM, for both read the same things: README, "The demo"."""
+    """What towers (cosines) and ITM (match - mismatch logits) say together. Half of ITM, for both read the same things: see EXPERIMENTS.md."""
     return as_logit(model, near) + scores / 2
 
 
@@ -780,10 +786,8 @@ def check_classes(model, rows):
 def measure_retrieval(args, model, run, catalogue, results, figures):
     towers = "itc" in run.get("objectives", "itc").split(",")  # without the contrast the towers are untrained
     draws = draw_all(args, catalogue.rows)
-    lists = [entry for draw in draws for entry in draw["tir"]]
     results["retrieval"], scores, order = retrieval(model, catalogue, draws, args.batch_size, args.best, towers, what="retrieval")
-    results["candidates"] = {"queries": len(draws[0]["tir"]), "size": len(lists[0]["candidates"]), "draws": len(draws), "lists": len(lists),
-                             "filled": filled(catalogue.rows, lists), "best": args.best}
+    results["candidates"] = {way: {**counts(catalogue.rows, [draw[way] for draw in draws]), "best": args.best} for way in DIRECTIONS}
     first = lambda draws: {way: s[0] for way, s in draws.items()}
     figures["draws"], figures["retrieval"] = draws, retrieval_figure(catalogue, draws[0], first(scores), first(order))
 

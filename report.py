@@ -37,9 +37,10 @@ GALLERY_METHODS = {"": "this run: towers, then both", "_towers": "this run: towe
 def tables(results):
     """[{"title", "note", "columns", "rows": [(name, cells, True for our own)]}, ...], for the screen and for the report."""
     found, galleries = [], []
-    lists, gallery = results.get("candidates"), results.get("full_gallery")
+    gallery = results.get("full_gallery")
     for way, title in DIRECTIONS.items():
-        if lists:
+        if "candidates" in results:
+            lists = results["candidates"][way]
             best = lists["best"] if f"{way}_reranked" in results["retrieval"] else 0
             note = (f"{lists['queries']} queries, {lists['size']} candidates each, mean ± sd of {lists['draws']} draw(s); {lists['filled']} of the "
                     f"{lists['lists']} lists filled from other sub-categories.{reranked(best)}")

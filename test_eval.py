@@ -593,7 +593,8 @@ def test_one_command_measures_everything(measured):
     for way in ("tir", "itr", "tir_towers", "itr_reranked"):
         assert results["retrieval"][way].keys() == {"R@1", "R@5", "R@10", "SumR", "median_rank", "sd"}
         assert 0 <= results["retrieval"][way]["sd"]["R@1"] < 1
-    assert results["candidates"]["queries"] == 9 and results["candidates"]["filled"] == 18
+    wanted = {"queries": 9, "size": 101, "draws": 2, "lists": 18, "filled": 18, "best": 20}
+    assert results["candidates"] == {"tir": wanted, "itr": wanted}
     assert results["recognition"]["main"].keys() >= {"accuracy", "macro_f", "SumC"} <= results["recognition"]["sub"].keys()
     assert results["generation"].keys() >= {"psnr", "ssim", "psnr_hidden", "floor_psnr"}
     assert results["full_gallery"]["pairs_read"] == 2 * 9 * 20
@@ -785,9 +786,12 @@ def test_every_cell_of_the_tables_is_the_number_of_its_row():
     part = lambda: {"accuracy": next(number) / 1000, "macro_f": next(number) / 1000, "classes": 2, "unseen": 0}
     kinds, methods = {"main": part(), "sub": part(), "reads": "both"}, ("", "_towers", "_reranked")
     mir = {name: float(next(number)) for name in "psnr ssim psnr_hidden psnr_pasted ssim_pasted floor_psnr floor_ssim floor_psnr_hidden".split()}
-    results = {"candidates": dict(queries=1, size=2, draws=1, lists=1, filled=0, best=5), "retrieval": {way + m: recall() for way in ("tir", "itr") for m in methods},
+    lists = {way: dict(queries=next(number), size=next(number), draws=next(number), lists=next(number), filled=next(number), best=5) for way in ("tir", "itr")}
+    results = {"candidates": lists, "retrieval": {way + m: recall() for way in ("tir", "itr") for m in methods},
                "recognition": {**kinds, "also": {"the picture alone": {"main": part(), "sub": part()}}}, "generation": {**mir, "pictures": 1, "ratio": 0.5, "style": "grid", "unit": 8}}
     shown = [[[float(cell.removesuffix(" dB")) for cell in cells if cell] for _, cells, _ in table["rows"]] for table in report.tables(results)]
+    for way, table in zip(("tir", "itr"), report.tables(results)):
+        assert [int(n) for n in re.findall(r"\d+", table["note"])][:5] == [lists[way][name] for name in ("queries", "size", "draws", "filled", "lists")]
     for way, rows in zip(("tir", "itr"), shown):
         for m, row in zip(methods, rows):
             r = results["retrieval"][way + m]
