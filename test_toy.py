@@ -184,6 +184,17 @@ def test_views_of_a_product_share_its_id_caption_and_categories(folder):
         assert len({row["image"] for row in views}) == len(views)
 
 
+def test_the_number_of_views_does_not_follow_from_what_a_product_is_made_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "draw_all", list)
+    toy.make(tmp_path, products=3000, views=(1, 3))
+    shown = Counter(row["product_id"] for row in itertools.chain(*rows(tmp_path).values()))
+    numbers = {}
+    for product in toy.catalogue(3000):
+        numbers.setdefault((product.subcategory, product.fabric), []).append(shown[f"toy-{product.number:05d}"])
+    large = [found for found in numbers.values() if len(found) >= 20]
+    assert len(large) > 20 and all(set(found) == {1, 2, 3} for found in large)
+
+
 def test_a_finished_catalogue_is_reused_and_a_broken_one_is_mended(folder, tmp_path, capsys):
     out = tmp_path / "toy"
     toy.make(out, products=10, size=16, views=1)

@@ -1159,7 +1159,7 @@ def make(out, products=4000, size=64, seed=0, views=(2, 2)):
     (out / "images").mkdir(exist_ok=True)
     jobs, rows = [], {"train": [], "val": [], "test": []}
     for product in catalogue(products, seed):
-        for view in range(random.Random(f"{seed} {product.number}").randint(*views)):
+        for view in range(random.Random(f"{seed} {product.number} views").randint(*views)):  # not `catalogue`'s key, which draws the fabric
             name = f"images/{product.number:05d}_{view}.png"
             jobs.append((product, view, size, out / name))
             rows[split_of(product.number)].append({"image": name, "caption": caption(product), "product_id": f"toy-{product.number:05d}",
@@ -1176,7 +1176,7 @@ def held(out, settings):
         raise ToyError(f"{out} is a file, not a folder")
     mark = out / "toy.json"
     if mark.exists() and mark.read_text() != json.dumps(settings):
-        raise ToyError(f"{out} holds another toy catalogue, {mark.read_text()}: choose another folder, or delete it")
+        raise ToyError(f"{out} holds another toy catalogue, {mark.read_text()}, not {json.dumps(settings)} (version: of toy.py): delete it, or choose another folder")
     if not mark.exists() and out.exists() and any(out.iterdir()):
         raise ToyError(f"{out} holds something else: choose an empty or a new folder")
     return all((out / f"{split}.jsonl").exists() for split in ("train", "val", "test"))
@@ -1222,6 +1222,8 @@ def main(arguments=None):
         make(given.out, given.products, given.size, given.seed, given.views if len(given.views) > 1 else given.views[0])
     except (ToyError, OSError) as error:
         raise SystemExit(f"toy.py: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit("toy.py: stopped")
 
 
 if __name__ == "__main__":
