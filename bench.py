@@ -232,12 +232,8 @@ class Runner:
         self.optimizer.zero_grad(set_to_none=True)
 
     def update(self):
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if dist.is_initialized():  # one message, as train.py
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat)
-            for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads])):
-                grad.copy_(summed.view_as(grad))
+        if dist.is_initialized():
+            train.sum_over_processes(self.model, {}, [], False)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
@@ -546,7 +542,7 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=tuple(mvlt.PRESETS), default="tiny")
-    parser.add_argument("--batch-size", type=evaluation.positive, help="pairs in a step, a multiple of 16 (default: 16 on a CPU, 128 on a GPU)")
+    parser.add_argument("--batch-size", type=evaluation.at_least(1), help="pairs in a step, a multiple of 16 (default: 16 on a CPU, 128 on a GPU)")
     parser.add_argument("--quick", action="store_true", help="everything once, on a very small model")
     parser.add_argument("--out", default="bench.json", metavar="FILE")
     return parser.parse_args(arguments)

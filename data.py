@@ -35,6 +35,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
@@ -137,10 +138,8 @@ class Tokenizer:
 
     def save(self, path):
         """Write the vocabulary as BERT's vocab.txt."""
-        try:
-            Path(path).write_text("".join(f"{word}\n" for word in self.words), encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise DataError(f"{path}: cannot write the vocabulary: {error.strerror}") from None
+        with whole_file(path) as file:
+            file.write("".join(f"{word}\n" for word in self.words).encode())
 
     @classmethod
     def train(cls, captions, size=8000):
@@ -520,7 +519,7 @@ def make_row(folder, where, record):
     file, _ = file_of(row["image"])
     inside = os.path.normpath(file)
     if os.path.isabs(file) or inside.split(os.sep)[0] == "..":
-        raise ValueError(f"path {file} leaves the folder")
+        raise ValueError(f"path {file} must be relative to the folder and stay in it")
     path = os.path.join(folder, file)
     if not os.path.isfile(path):
         raise ValueError(f"missing picture {file}")
@@ -580,7 +579,7 @@ def settle(folder, split, rows, bad, skip_bad):
 
 
 def read(folder, split, skip_bad=False):
-    """The rows of a split ("train", "val" or "test"). Their pictures are looked for, and opened by `load` or `load_pictures`."""
+    """The rows of a split ("train", "val" or "test"). Their pictures are looked for; `load` opens them."""
     rows, bad = read_all(folder, split)
     return settle(folder, split, rows, bad, skip_bad)
 
@@ -670,13 +669,11 @@ class Pictures:
     def __init__(self, path, index):
         self.path, self.index = path, index
         self.pixels = np.load(path, mmap_mode="r")
-        self.shape, self.dtype = (len(index), *self.pixels.shape[1:]), self.pixels.dtype
 
     def __len__(self):
         return len(self.index)
 
     def __getitem__(self, rows):
-        rows = rows.numpy() if torch.is_tensor(rows) else rows  # NumPy would take a tensor of one row for a bare number
         return self.pixels[self.index[rows]]
 
     def __reduce__(self):
@@ -693,8 +690,11 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of the same cause, or no longer there
+            temporary.unlink()
 
 
 def cache_folders(folder):
@@ -759,38 +759,25 @@ def build_cache(path, folder, references, size, fit):
             reasons.write(json.dumps(bad).encode())
 
 
-def open_pictures(folder, rows, size, fit, cache):
+def open_pictures(folder, rows, size, fit="stretch"):
     """The rows' pictures out of the cache, built if need be, and {row number: reason} for those that cannot be decoded."""
     check_shape(size, fit)
     references = sorted({row["image"] for row in rows})
-    places = (Path(cache),) if cache else cache_folders(folder)
-    name = cache_name(folder, references, size, fit)
+    places, name = cache_folders(folder), cache_name(folder, references, size, fit)
     path = next((place / name for place in places if (place / name).exists()), None)
     if path is None:
         path = writable(places) / name
-        try:
-            build_cache(path, folder, references, size, fit)
-        except OSError as error:
-            raise DataError(f"{path.parent}: cannot write the decoded pictures ({error})") from None
+        build_cache(path, folder, references, size, fit)
     bad = json.loads(path.with_suffix(".json").read_text())
     number = {reference: number for number, reference in enumerate(references)}
     pictures = Pictures(path, np.array([number[row["image"]] for row in rows], np.int64))
     return pictures, {number: bad[row["image"]] for number, row in enumerate(rows) if row["image"] in bad}
 
 
-def load_pictures(folder, rows, size, fit="stretch", cache=None):
-    """The rows' pictures, decoded: what behaves as a (len(rows), size, size, 3) uint8 array. DataError lists those that cannot be."""
-    pictures, bad = open_pictures(folder, rows, size, fit, cache)
-    if bad:
-        lines = [f"{rows[number].get('where', 'row')}: {reason}" for number, reason in bad.items()]
-        raise DataError("\n  ".join([f"{folder}: {len(bad)} rows have bad pictures", *lines]))
-    return pictures
-
-
-def load(folder, split, size, fit="stretch", skip_bad=False, cache=None):
+def load(folder, split, size, fit="stretch", skip_bad=False):
     """Read a split and decode its pictures: (rows, pictures). A bad row or picture ends the run, or is left out of both with skip_bad."""
     rows, bad = read_all(folder, split)
-    pictures, undecoded = open_pictures(folder, rows, size, fit, cache)
+    pictures, undecoded = open_pictures(folder, rows, size, fit)
     bad += [f"{rows[number]['where']}: {reason}" for number, reason in undecoded.items()]
     good = [number for number in range(len(rows)) if number not in undecoded]
     rows = settle(folder, split, [rows[number] for number in good], bad, skip_bad)
@@ -948,7 +935,14 @@ class Batches:
 
     def __iter__(self):
         own = torch.Generator()  # otherwise the DataLoader would draw from the global one
-        return iter(DataLoader(self, None, sampler=self.steps, num_workers=self.workers, collate_fn=dict, generator=own))  # dict: the sample as it is
+        return iter(DataLoader(self, None, sampler=self.steps, num_workers=self.workers, collate_fn=dict,  # dict: the sample as it is
+                               worker_init_fn=deaf_to_signals, generator=own))
+
+
+def deaf_to_signals(worker):
+    """torchrun and schedulers tell loaders to stop, too: they must work until the process that they serve has saved, and then end with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def through_windows(pictures, moves, sides):

@@ -3,7 +3,7 @@ The paper's tables and figures from a trained run (Sec. 3.3 and 4; Tables 2, 5 a
 
     python eval.py runs/1                                      what the run can do, on the test split of its own data
     python eval.py runs/1 --data shop --tasks retrieval        zero-shot TIR and ITR on a folder of your own
-    python eval.py runs/1 --full-gallery                       every product ranked by the towers, the best re-ranked with ITM
+    python eval.py runs/1 --full-gallery                       every product ranked by the towers, the best again by towers and ITM
     torchrun --nproc_per_node=8 eval.py runs/1                 the same numbers, sooner
 
 It prints the tables beside the paper's and writes RUN/results.json (shares such as R@1 lie in [0, 1]), RUN/candidates.json and
@@ -350,9 +350,9 @@ def deal_out(batches, compute, width, device, what=None):
     return result
 
 
-def by_length(tokens, batch_size):
-    """Batches of numbers, those with short captions first, so that few carry padding."""
-    return (tokens != 0).sum(dim=1).argsort(stable=True).split(batch_size)
+def by_length(tokens, batch_size, captions=slice(None)):
+    """Batches of numbers (of captions, or of pairs by the captions they name), short ones first, so that few carry padding."""
+    return (tokens != 0).sum(dim=1)[captions].argsort(stable=True).split(batch_size)
 
 
 def pair_scores(model, pictures, tokens, pairs, batch_size=256, what=None):
@@ -370,7 +370,7 @@ def pair_scores(model, pictures, tokens, pairs, batch_size=256, what=None):
         return (logits[:, 1] - logits[:, 0])[:, None]
 
     with at_rest(model) as device:
-        return deal_out(by_length(tokens[pairs[:, 1]], batch_size), compute, 1, device, what)[where, 0]
+        return deal_out(by_length(tokens, batch_size, pairs[:, 1]), compute, 1, device, what)[where, 0]
 
 
 def tower_vectors(model, pictures, tokens, batch_size=256, what=None):
@@ -455,8 +455,8 @@ def ranks_in_two_steps(first, scores, right):
 
 def full_gallery(model, catalogue, queries=None, best=20, seed=0, batch_size=256, what=None):
     """
-    Rank every distinct picture for a caption, and every distinct caption for a picture, by the towers; re-rank the `best` with ITM. Right is
-    whatever belongs to a product of the query's, so any of a picture's captions counts (COCO 5K). `queries`: that many, else all. With
+    Rank every distinct picture for a caption, and every distinct caption for a picture, by the towers, and the `best` of them again by towers and ITM
+    together. Right is whatever belongs to a product of the query's, so any of a picture's captions counts (COCO 5K). `queries`: that many, else all. With
     `best` 0 the towers answer alone.
     """
     images, texts = tower_vectors(model, catalogue.pictures, catalogue.tokens, batch_size, what and f"{what}, towers")
@@ -672,13 +672,13 @@ def parse(arguments=None):
     parser.add_argument("--data", metavar="DIR", help="the data (default: the run's own)")
     parser.add_argument("--split", choices=("test", "val"), default="test")
     parser.add_argument("--tasks", metavar="A,B", help=f"of {', '.join(TASKS)} (default: what the run was trained for; with --full-gallery, without the lists of retrieval)")
-    parser.add_argument("--queries", type=positive, metavar="N", help="query products (default: 1000; with --full-gallery, all)")
-    parser.add_argument("--draws", type=positive, default=5, metavar="N", help="draws of the candidate lists, of seeds seed, seed + 1, ...")
+    parser.add_argument("--queries", type=at_least(1), metavar="N", help="query products (default: 1000; with --full-gallery, all)")
+    parser.add_argument("--draws", type=at_least(1), default=5, metavar="N", help="draws of the candidate lists, of seeds seed, seed + 1, ...")
     parser.add_argument("--candidates", metavar="FILE", help="lists to read: a candidates.json, or the authors' folder of pickles")
-    parser.add_argument("--full-gallery", action="store_true", help="rank the whole split by the towers, and re-rank the best by ITM")
-    parser.add_argument("--best", type=positive, default=20, metavar="N", help="how many of the towers' best are re-ranked with ITM")
+    parser.add_argument("--full-gallery", action="store_true", help="rank the whole split by the towers, and the best again by towers and ITM together")
+    parser.add_argument("--best", type=at_least(1), default=20, metavar="N", help="how many of the towers' best are ranked again, by towers and ITM together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=positive, default=256, metavar="N")
+    parser.add_argument("--batch-size", type=at_least(1), default=256, metavar="N")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be read, and say which")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: RUN)")
@@ -690,10 +690,15 @@ def parse(arguments=None):
     return args
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+def at_least(least):
+    """What argparse makes of a flag's text: a whole number, `least` or more."""
+
+    def number(text):
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
+        return value
+
     return number
 
 
@@ -716,10 +721,19 @@ def join_processes(device):
             raise data.DataError(f"--device: cuda needs a GPU for each process, this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # train.py's demo has met them already
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while the first decodes the pictures
     return torch.device(device)
+
+
+def outside_cause(error, remedy):
+    """What a RuntimeError of torch means to a person, "" where it can only be a mistake in this program."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is full; {remedy} may help"
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return "another process of this run has ended, so this one ends too; the other's own message says why"
+    return str(error) if "DataLoader worker" in str(error) else ""
 
 
 def first_then_others(work):
@@ -845,17 +859,19 @@ def main(args):
         with data.whole_file(out / "report.html") as file:
             file.write(report.page(results["about"], found, figures, report.read_log(home / "log.jsonl")).encode())
         print(f"\n{out / 'results.json'}\n{out / 'report.html'}")
-    if world() > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     arguments = parse()
     try:
         main(arguments)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (data.DataError, ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
-    except torch.cuda.OutOfMemoryError:
-        sys.exit(f"eval.py: --batch-size {arguments.batch_size} is more than the GPU's memory holds")
     except KeyboardInterrupt:
         sys.exit("eval.py: interrupted")
+    except RuntimeError as error:
+        if not (cause := outside_cause(error, f"a --batch-size below {arguments.batch_size}")):
+            raise
+        sys.exit(f"eval.py: {cause}")

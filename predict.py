@@ -40,7 +40,7 @@ import data
 import eval as evaluation
 
 BATCH = 64  # pictures or pairs read at once
-PART = 1024  # pictures of an index that are written together: what a killed `index` has to read again, at most
+PART = 1024  # pictures held at once; those of an index are written together, so a killed `index` has to read at most so many again
 SKILLS = {"mir": "the decoder is", "itm": "matching is", "mlm": "the word head is", "itc": "the towers are", "cr": "recognition is"}
 
 
@@ -68,8 +68,9 @@ def load(path, device="cpu"):
 def needs(run, objective):
     """DataError unless the run was trained for this; what a checkpoint does not say is taken to be so."""
     s = run.settings
-    untrained = f"{run.home}: {SKILLS[objective]} untrained in this run" + " (search --best 0 asks the towers alone)" * (objective == "itm")
     objectives = s.get("objectives", ",".join(SKILLS)).split(",")
+    towers = " (search --best 0 asks the towers alone)" * (objective == "itm" and "itc" in objectives)
+    untrained = f"{run.home}: {SKILLS[objective]} untrained in this run{towers}"
     if objective not in objectives:
         raise data.DataError(f"{untrained}: its objectives are {','.join(objectives)}, without {objective}")
     towers_alone = s.get("itm_from", 0) * s.get("steps", 0) if "itc" in objectives and not s.get("start") else 0
@@ -129,7 +130,7 @@ def words(run, texts, tell=True):
         if {tokenizer.cls_id, tokenizer.sep_id, tokenizer.unk_id}.issuperset(ids):
             raise data.DataError(f"{text!r}: the run knows none of its words" if text.strip() else "the text is empty")
         if tell and len(ids) > longest:
-            print(f"{text[:40]!r}...: of its {len(ids) - 2} words the run reads the first {longest - 2}", file=sys.stderr)
+            print(f"{text[:40]!r}...: of its {len(ids) - 2} pieces (words as the run's vocabulary cuts them) the run reads the first {longest - 2}", file=sys.stderr)
     return data.tokenize([{"caption": text} for text in texts], tokenizer, longest)
 
 
@@ -239,7 +240,7 @@ def fill(run, image, text):
     tokens = words(run, [text])
     where = tokens == run.tokenizer.mask_id
     if not where.any():
-        raise data.DataError(f"{text!r}: must hold [MASK] within the {run.model.config.text_len - 2} words that the run reads")
+        raise data.DataError(f"{text!r}: must hold [MASK] within its first {run.model.config.text_len - 2} pieces (words as the run's vocabulary cuts them): the run reads no more")
     encoded = read(run, open_one(run, image), tokens)
     with evaluation.at_rest(run.model) as device:
         logits = run.model.predict_words(encoded, where.to(device)).cpu()
@@ -289,8 +290,6 @@ def index(run, folder, name=None):
     if (home / "index.json").exists() and (other := read_file(home / "index.json")["folder"]) != source:
         raise data.DataError(f"{home}: is the index of {other}; give this one another --name")
     items, lines = find_items(folder)
-    if not items:
-        raise data.DataError(f"{folder}: holds no picture that can be read" + "".join(f" ({line})" for line in lines[:1]))
     home.mkdir(exist_ok=True)
     weights, parts, good = fingerprint(run.model), [], []
     with tqdm(total=len(items), desc=f"indexing {folder}", unit=" pictures", disable=None) as bar:
@@ -372,9 +371,11 @@ def search(run, query, index, best=20, show=10):
         if len(found) == max(best, show):
             break
     if best:
-        paths = {os.path.join(index.folder, answer["image"]): answer for answer in found[:best]}
-        read = [paths[path] | {"match": match, "both": evaluation.both(run.model, paths[path]["near"], match).item()} for path, match in rank(run, query, list(paths), skip_bad=True)]
-        found = sorted(read, key=lambda answer: -answer["both"]) + found[best:]
+        answers, ranked = {os.path.join(index.folder, answer["image"]): answer for answer in found[:best]}, []
+        for path, match in rank(run, query, list(answers), skip_bad=True):
+            both = evaluation.both(run.model, answers[path]["near"], match).item()
+            ranked.append(answers[path] | {"match": match, "both": both})
+        found = sorted(ranked, key=lambda answer: -answer["both"]) + found[best:]
     return found[:show]
 
 
@@ -407,6 +408,8 @@ def show_rank(run, args):
     """pictures for a text, or texts for a picture, the best first"""
     folders = [path for path in args.answers if os.path.isdir(path)]
     if is_picture(args.query):
+        if folders:
+            raise data.DataError(f"{folders[0]}: is a folder, but a picture ranks texts; index and search find the pictures that are like it")
         answers = [text for answer in args.answers for text in (read_texts(answer) if is_texts(answer) else [answer])]
     else:
         answers = [os.path.join(path, name) for path in folders for name in files_below(path)]
@@ -461,31 +464,23 @@ def show_search(run, args):
         start = time.time()
         try:
             found = search(run, query, opened, args.best, args.show)
+            took = time.time() - start
+            rows = ((str(place), as_match(a["match"]), f"{a['near']:.3f}", "" if a["both"] is None else f"{a['both']:.2f}", a["image"], a["caption"]) for place, a in enumerate(found, 1))
+            table(("rank", "match", "near", "both", "picture", "caption"), *rows)
+            print(f"{took:.2f} s among {len(opened.items)} pictures", flush=True)
+            warn_if_alike([answer["near"] for answer in found])
+            if args.out:
+                data.contact_sheet(opened.folder, found, args.out, len(found), columns=min(5, len(found)))
         except data.DataError as error:
             if args.query is not None:
                 raise
             print(error, file=sys.stderr)  # and wait for the next
-            continue
-        took = time.time() - start
-        rows = ((str(place), as_match(a["match"]), f"{a['near']:.3f}", "" if a["both"] is None else f"{a['both']:.2f}", a["image"], a["caption"]) for place, a in enumerate(found, 1))
-        table(("rank", "match", "near", "both", "picture", "caption"), *rows)
-        print(f"{took:.2f} s among {len(opened.items)} pictures", flush=True)
-        warn_if_alike([answer["near"] for answer in found])
-        if args.out:
-            data.contact_sheet(opened.folder, found, args.out, len(found), columns=min(5, len(found)))
 
 
 def ratio(text):
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
-    return value
-
-
-def natural(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
     return value
 
 
@@ -500,7 +495,10 @@ def parse(arguments=None):
         options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
         if name in ("score", "classify", "rebuild", "fill"):
             options.add_argument("image", metavar="IMAGE")
-            options.add_argument("text", metavar="TEXT", **({"nargs": "?", "default": ""} if name in ("classify", "rebuild") else {}))
+        if name in ("score", "fill"):
+            options.add_argument("text", metavar="TEXT")
+        if name in ("classify", "rebuild"):
+            options.add_argument("text", metavar="TEXT", nargs="?", default="")
         if name == "rank":
             options.add_argument("query", metavar="TEXT|IMAGE")
             options.add_argument("answers", metavar="IMAGE|DIR|FILE", nargs="+", help="pictures, folders of them; or texts, files of them, one a line")
@@ -511,8 +509,8 @@ def parse(arguments=None):
             options.add_argument("folder", metavar="DIR")
         if name == "search":
             options.add_argument("query", metavar="TEXT|IMAGE", nargs="?", help="without it: one query a line from the standard input")
-            options.add_argument("--best", type=natural, default=20, metavar="K", help="how many of the towers' best ITM reads too; 0: none")
-            options.add_argument("--show", type=evaluation.positive, default=10, metavar="N")
+            options.add_argument("--best", type=evaluation.at_least(0), default=20, metavar="K", help="how many of the towers' best ITM reads too; 0: none")
+            options.add_argument("--show", type=evaluation.at_least(1), default=10, metavar="N")
         if name in ("index", "search"):
             options.add_argument("--name", help="of the index (default: the folder's; to search: the only one)")
         if name in ("rebuild", "search"):

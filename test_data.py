@@ -152,10 +152,10 @@ BAD_LINES = [
     (b'{"image": "images", "caption": "x", "product_id": "1"}', "missing picture images"),
     (b'{"image": "a\\u0000b", "caption": "x", "product_id": "1"}', "missing picture a\0b"),
     (b'{"image": "empty.png", "caption": "x", "product_id": "1"}', "empty.png: empty file (0 bytes)"),
-    (b'{"image": "../secret.png", "caption": "x", "product_id": "1"}', "path ../secret.png leaves the folder"),
-    (b'{"image": "images/../../secret.png", "caption": "x", "product_id": "1"}', "path images/../../secret.png leaves the folder"),
-    (b'{"image": "/etc/passwd", "caption": "x", "product_id": "1"}', "path /etc/passwd leaves the folder"),
-    (b'{"image": "../x.h5#3", "caption": "x", "product_id": "1"}', "path ../x.h5 leaves the folder"),
+    (b'{"image": "../secret.png", "caption": "x", "product_id": "1"}', "path ../secret.png must be relative to the folder and stay in it"),
+    (b'{"image": "images/../../secret.png", "caption": "x", "product_id": "1"}', "path images/../../secret.png must be relative to the folder and stay in it"),
+    (b'{"image": "/etc/passwd", "caption": "x", "product_id": "1"}', "path /etc/passwd must be relative to the folder and stay in it"),
+    (b'{"image": "../x.h5#3", "caption": "x", "product_id": "1"}', "path ../x.h5 must be relative to the folder and stay in it"),
 ]
 
 
@@ -349,7 +349,7 @@ def test_karpathys_coco_gives_five_rows_a_picture(tmp_path):
     rows, pictures = data.load(tmp_path, "test", 8)
     assert rows[4] == {"image": "val2014/COCO_3.jpg", "caption": "A coat, the 4th time.", "product_id": "903", "category": "", "subcategory": "",
                        "where": "dataset_coco.json:images[3]"}
-    assert pictures.shape == (5, 8, 8, 3) and len(pictures.pixels) == 1  # stored once
+    assert pictures[:].shape == (5, 8, 8, 3) and len(pictures.pixels) == 1  # stored once
 
 
 def test_another_json_is_not_karpathys(tmp_path):
@@ -538,11 +538,10 @@ def test_sizes_and_fits_that_cannot_be_are_told(folder):
 def test_the_cache_holds_what_picture_gives_whoever_builds_it(folder, fit, threads, monkeypatch):
     monkeypatch.setattr(data.os, "cpu_count", lambda: threads)
     rows, pictures = data.load(folder, "train", 10, fit)
-    assert pictures.shape == (len(rows), 10, 10, 3) and pictures.dtype == np.uint8 and len(pictures) == len(rows)
+    assert pictures[:].shape == (len(rows), 10, 10, 3) and pictures[:].dtype == np.uint8 and len(pictures) == len(rows)
     for number, row in enumerate(rows):
         assert (pictures[number] == data.picture(folder, row["image"], 10, fit)).all()
     assert (pictures[np.array([3, 0])] == np.stack([pictures[3], pictures[0]])).all()
-    assert (pictures[torch.tensor([3])] == pictures[3:4]).all() and pictures[torch.tensor([3])].shape == (1, 10, 10, 3)
 
 
 def cached(folder):
@@ -551,20 +550,20 @@ def cached(folder):
 
 def test_the_cache_is_used_again_and_made_anew_when_a_picture_size_or_fit_changes(folder, monkeypatch):
     rows = data.read(folder, "train")
-    before = data.load_pictures(folder, rows, 8)
+    before, _ = data.open_pictures(folder, rows, 8)
     with monkeypatch.context() as patch:
         patch.setattr(data, "picture", None)  # nothing is decoded again
-        assert (data.load_pictures(folder, rows, 8)[:] == before[:]).all()
+        assert (data.open_pictures(folder, rows, 8)[0][:] == before[:]).all()
     assert len(cached(folder)) == 1
-    data.load_pictures(folder, rows, 8, "pad")
-    data.load_pictures(folder, rows, 9)
+    data.open_pictures(folder, rows, 8, "pad")
+    data.open_pictures(folder, rows, 9)
     assert len(cached(folder)) == 3
     kept = (folder / rows[0]["image"]).stat()
     time.sleep(0.02)
     other = Image.fromarray(255 - np.asarray(Image.open(folder / rows[0]["image"])))
     other.save(folder / rows[0]["image"])
     os.utime(folder / rows[0]["image"], ns=(kept.st_atime_ns, kept.st_mtime_ns))  # as `cp -p` leaves it
-    after = data.load_pictures(folder, rows, 8)
+    after, _ = data.open_pictures(folder, rows, 8)
     assert (after[0] == data.picture(folder, rows[0]["image"], 8)).all() and not (after[0] == before[0]).all()
     assert (after[1:] == before[1:]).all()
 
@@ -585,8 +584,6 @@ def test_a_bad_picture_is_told_each_time_and_left_out_with_skip_bad(folder, caps
     assert [row["where"] for row in rows] == ["test.jsonl:1", "test.jsonl:3"]
     assert (pictures[1] == data.picture(folder, "images/3.png", 8)).all() and len(pictures) == 2
     assert capsys.readouterr().out.rstrip("\n").split("\n") == [f"{folder}: left out 4 bad rows of test", *lines]
-    told = message(data.load_pictures, folder, [row_of(2) | {"where": "here"}], 8)
-    assert told == f"{folder}: 1 rows have bad pictures\n  here: images/2.png: truncated picture (image file is truncated)"
 
 
 def test_a_split_of_bad_pictures_only_has_no_rows(folder):
@@ -605,13 +602,13 @@ def test_a_killed_build_is_never_read_and_is_swept_away(folder):
         "    if reference.endswith('5.png'): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return picture(folder, reference, size, fit)\n"
         "data.picture = slow\n"
-        f"data.load_pictures({str(folder)!r}, data.read_all({str(folder)!r}, 'train')[0] + data.read_all({str(folder)!r}, 'val')[0], 8)\n")
+        f"data.open_pictures({str(folder)!r}, data.read_all({str(folder)!r}, 'train')[0] + data.read_all({str(folder)!r}, 'val')[0], 8)\n")
     killed = subprocess.run([sys.executable, "-c", program], cwd=Path(data.__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert killed.returncode == -signal.SIGKILL and cached(folder) == []
     (left,) = (folder / ".cache").glob("*.tmp")
     os.utime(left, (1, 1))
     rows = data.read(folder, "train")
-    assert (data.load_pictures(folder, rows, 8)[0] == data.picture(folder, rows[0]["image"], 8)).all()
+    assert (data.open_pictures(folder, rows, 8)[0][0] == data.picture(folder, rows[0]["image"], 8)).all()
     assert list((folder / ".cache").glob("*.tmp")) == []
 
 
@@ -630,8 +627,6 @@ def test_data_that_cannot_be_written_is_cached_among_the_temporary_files(folder,
     (folder / ".cache").touch()  # no folder can be made here; a mode would not stop root
     rows, pictures = data.load(folder, "train", 8)
     assert pictures.path.parent.parent == other and (pictures[0] == data.picture(folder, rows[0]["image"], 8)).all()
-    chosen = data.load(folder, "train", 8, cache=other / "a/b")[1]
-    assert chosen.path.parent == other / "a/b"
 
 
 def test_a_cache_that_does_not_fit_on_the_disk_is_not_begun(folder, monkeypatch):

@@ -457,7 +457,7 @@ def test_a_model_that_says_the_same_of_all_is_last_in_all(shop):
 def test_full_gallery_agrees_with_every_pair_when_any_of_a_products_captions_counts(shop, monkeypatch):
     in_float32(monkeypatch)
     rows = [{**row, "product_id": str(i // 3), "image": f"{i // 3}.png"} for i, row in enumerate(shop.catalogue.rows[:24])]  # as COCO's
-    catalogue = evaluation.Catalogue.of(rows, data.load_pictures(shop.folder, rows, 32), shop.tokenizer, shop.model.config)
+    catalogue = evaluation.Catalogue.of(rows, data.open_pictures(shop.folder, rows, 32)[0], shop.tokenizer, shop.model.config)
     assert (len(catalogue.pictures), len(catalogue.tokens)) == (8, 24)
     results = evaluation.full_gallery(shop.model, catalogue, best=100)
     images, texts = evaluation.tower_vectors(shop.model, catalogue.pictures, catalogue.tokens)
@@ -617,6 +617,23 @@ def test_the_report_is_one_whole_page_that_loads_nothing(measured):
     assert headings[:3] == ["Results", "Loss curves", "Retrieval (Fig. 5)"] and len(headings) == 6
     assert [element.text for element in page.iter("figcaption")][:3] == ["loss", "mir", "validation: R@1"]
     assert "tiny & <small>" in page.find("head/title").text
+
+
+def test_processes_that_have_met_do_not_meet_again(tmp_path):
+    (tmp_path / "meet.py").write_text(
+        "import torch, torch.distributed as dist\nimport eval as evaluation\n"
+        "for _ in range(2):  # for training, and for the demo's evaluation\n"
+        "    evaluation.join_processes('cpu')\n"
+        "    dist.all_reduce(torch.ones(1))\n"
+        "dist.destroy_process_group()\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
+    done = subprocess.run(["torchrun", "--standalone", "--nproc_per_node=2", tmp_path / "meet.py"], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_refusal_under_torchrun_is_one_line_of_each_process(measured):
+    done = command(measured[0], "--data", "nowhere", processes=2)
+    assert done.returncode != 0 and "eval.py: nowhere" in done.stderr and 'eval.py", line' not in done.stderr, done.stderr
 
 
 def test_two_processes_measure_what_one_measures(measured, tmp_path):

@@ -146,11 +146,11 @@ def test_a_text_must_say_something_and_its_cut_is_said(run, fresh, photos, capsy
         with pytest.raises(data.DataError, match=reason):
             predict.score(run, paths(photos)[0], text)
     assert predict.score(run, paths(photos)[0], "red " * 9) == predict.score(run, paths(photos)[0], "red " * 6)
-    assert "of its 9 words the run reads the first 6" in capsys.readouterr().err
+    assert "of its 9 pieces (words as the run's vocabulary cuts them) the run reads the first 6" in capsys.readouterr().err
     predict.index(fresh, photos)
     for best in (0, 2):
         predict.search(fresh, "red " * 9, predict.open_index(fresh), best)
-        assert capsys.readouterr().err.count("of its 9 words the run reads the first 6") == 1  # once, whoever reads it
+        assert capsys.readouterr().err.count("of its 9 pieces (words as the run's vocabulary cuts them) the run reads the first 6") == 1  # once, whoever reads it
 
 
 # --- The index ---
@@ -303,6 +303,9 @@ def test_an_untrained_part_is_refused_by_name(tmp_path, photos):
     for ask in (lambda: predict.index(paper, photos), lambda: predict.open_index(paper)):
         with pytest.raises(data.DataError, match="the towers are untrained in this run: its objectives are mir,itm,mlm, without itc"):
             ask()
+    words = predict.load(save_run(tmp_path / "words", objectives="mir,mlm"))
+    with pytest.raises(data.DataError, match=r"matching is untrained in this run: its"):  # without towers that could be asked instead
+        predict.score(words, image, "coat")
     for part, ask in {
         "matching": lambda: predict.score(towers, image, "coat"), "the decoder": lambda: predict.rebuild(towers, image),
         "the word head": lambda: predict.fill(towers, image, "[MASK]"), "recognition": lambda: predict.classify(towers, image),
@@ -369,6 +372,13 @@ def test_every_command_prints_its_answer(fresh, photos, tmp_path, exact, monkeyp
     assert [line[-1] for line in answers[1:4] + answers[6:9]] == [answer["image"] for one in found for answer in one]
     assert len(answers) == 10 and os.path.exists("found.png")
 
+    (photos / "0.png").rename(tmp_path / "away.png")  # the index still names it: told, and the next query answered
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a coat\nboot\n"))
+    predict.main([str(fresh.home), "search", "--best", "0", "--show", "9", "--out", "found.png"])
+    said = capsys.readouterr()
+    (tmp_path / "away.png").rename(photos / "0.png")
+    assert said.out.count("among 9 pictures") == 2 and said.err.count("missing picture 0.png") == 2
+
 
 @pytest.mark.parametrize("arguments, says", [
     (["score", "nowhere.jpg", "a coat"], "missing picture nowhere.jpg"),
@@ -378,9 +388,10 @@ def test_every_command_prints_its_answer(fresh, photos, tmp_path, exact, monkeyp
     (["rank", "photos/0.png", "nowhere.txt"], "nowhere.txt: cannot read the texts"),
     (["rank", "photos/0.png", "photos/2.png"], "photos/2.png: cannot read the texts"),
     (["rank", "photos/0.png", "blank.txt"], "nothing to rank"),
+    (["rank", "photos/0.png", "photos"], "photos: is a folder, but a picture ranks texts"),
     (["rank", "a coat", "photos/0.png", "nowhere.png"], "missing picture nowhere.png"),
     (["rank", "a coat", "void"], "nothing to rank"),
-    (["rebuild", "photos/0.png", "--out", "nowhere/x.png"], "nowhere/x.png"),
+    (["rebuild", "photos/0.png", "--out", "nowhere/x.png"], "nowhere/x.png: cannot be written (No such file or directory)"),
     (["rebuild", "photos/0.png", "--hide", "0.01"], "--hide must cover a square of 8 px or more, got 0.01"),
     (["fill", "photos/0.png", "a coat"], "must hold [MASK]"),
     (["index", "nowhere"], "nowhere: no such folder"),

@@ -383,4 +383,4 @@ def test_a_vocabulary_that_cannot_be_read_or_written_is_an_error(tmp_path):
     assert str(error.value) == f"{tmp_path}: cannot read the vocabulary: Is a directory"
     with pytest.raises(DataError) as error:
         TOKENIZER.save(tmp_path / "none" / "vocab.txt")
-    assert str(error.value) == f"{tmp_path / 'none' / 'vocab.txt'}: cannot write the vocabulary: No such file or directory"
+    assert str(error.value) == f"{tmp_path / 'none' / 'vocab.txt'}: cannot be written (No such file or directory)"

@@ -100,7 +100,10 @@ import os, runpy, sys, time
 import data
 quick = data.batch_rows
 def slow(*arguments):
-    open(os.environ["PIDS"] + "/" + os.environ.get("RANK", "0"), "w").write(str(os.getpid()))
+    path = os.environ["PIDS"] + "/" + os.environ.get("RANK", "0")
+    with open(path + ".new", "w") as file:
+        file.write(str(os.getpid()))
+    os.replace(path + ".new", path)  # a test may read it at any moment
     time.sleep(0.3)
     return quick(*arguments)
 data.batch_rows = slow
@@ -242,9 +245,9 @@ def test_a_run_of_one_process_is_resumed_by_two(plain, shop, tmp_path):
 
 def test_sigterm_to_two_processes_saves_and_one_goes_on(plain, shop, tmp_path):
     out = tmp_path / "two"
-    process = script(out, *TINY, *RUN, *EXACT, "--data", shop, processes=2, slow=tmp_path)
+    process = script(out, *TINY, *RUN, *EXACT, "--data", shop, "--workers", 1, processes=2, slow=tmp_path)
     wait_for(lambda: 3 in steps_of(out), process)
-    process.terminate()
+    process.terminate()  # torchrun tells the loaders, too
     status, screen = finish(process)
     assert status != 0 and "stopped at step" in screen and 'train.py", line' not in screen, screen
     assert 3 < mvlt.read(out / "last.pt")["step"] < 8
@@ -401,6 +404,10 @@ def test_bad_rows_and_bad_pictures_are_told_together_and_once(shop, tmp_path, ca
 
 def test_the_papers_recognition_reads_every_caption():
     assert train.resolve(dict(preset="paper", task="recognise")).drop_caption == 0
+
+
+def test_recognition_reads_no_batches_of_alike_products():
+    assert train.resolve(dict(preset="plus", task="recognise")).alike == 1 < train.resolve(dict(preset="plus")).alike
 
 
 # --- Faults ---
@@ -747,7 +754,7 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path):
     assert mean["mir"] < 0.002 and mean["itm"] < 0.02 and mean["mlm"] < 0.2, mean  # from 0.1, ln 2 and 4
     model = mvlt.load(run / "last.pt")
     tokens = data.tokenize(rows, data.Tokenizer(model.vocabulary), 8)
-    images = data.images_to_float(torch.from_numpy(data.load_pictures(tmp_path, rows, 32)[:]).permute(0, 3, 1, 2))
+    images = data.images_to_float(torch.from_numpy(data.open_pictures(tmp_path, rows, 32)[0][:]).permute(0, 3, 1, 2))
     with torch.no_grad():
         _, text = model.encode(images.repeat_interleave(8, dim=0), tokens.repeat(8, 1))
         judged = model.match(text).argmax(dim=1).view(8, 8)

@@ -136,7 +136,7 @@ PLUS = dict(
     drop_caption=0.2, mirror=0.5, shift=3, zoom=0.2, lr=1e-3,
 )  # twin towers, negatives that are hard, and pictures never twice the same
 PRESETS = {"demo": {}, "paper": PAPER, "plus": PLUS}
-RECOGNISE = dict(objectives="cr", itm_from=0.0, mask_image_prob=0.0, lr=5e-4)
+RECOGNISE = dict(objectives="cr", mask_image_prob=0.0, alike=1, lr=5e-4)
 MAY_CHANGE = {"micro_batch", "workers", "compile", "recompute", "log_every", "save_every", "tensorboard", "data", "init", "start", "vocab"}  # on --resume
 CHOICES = {"task": ("pretrain", "recognise"), "preset": tuple(PRESETS), "model": tuple(mvlt.PRESETS), "fit": ("stretch", "pad"), "mask_style": mvlt.MASK_STYLES,
            "itm_negatives": ("uniform", "subcategory", "hard"), "modality": ("both", "image", "text")}
@@ -286,7 +286,9 @@ def plan_step(step, rows, pairs, s, config, tokenizer, groups=None, similar=None
         caption_rows = torch.where(matched, rows, other)
     words = pairs.tokens[caption_rows]
     whole = matched & ~hide_image
-    bare = whole & (torch.rand(G, generator=draw("bare")) < s.drop_caption) if "cr" in objectives and s.modality == "both" else torch.zeros(G, dtype=torch.bool)
+    bare = torch.full((G,), s.modality == "image")
+    if "cr" in objectives and s.modality == "both":
+        bare = whole & (torch.rand(G, generator=draw("bare")) < s.drop_caption)
     empty = torch.zeros_like(words[0])
     empty[:2] = torch.tensor(tokenizer.encode(""))
     words = data.trim(torch.where(bare[:, None], empty, words))
@@ -308,12 +310,10 @@ def share(counted, part):
     return counted[part].sum().item() / max(1, counted.sum().item())
 
 
-def fused_losses(model, images, plan, part, rows, pairs, s, empty_caption):
+def fused_losses(model, images, plan, part, rows, pairs, s):
     """MIR, ITM, MLM and recognition of the pairs `part` (a slice of the global batch), read together once."""
     device, objectives, losses = images.device, s.chosen, {}
     tokens, where = plan.tokens[part].to(device), plan.where[part].to(device)
-    if s.modality == "image":
-        tokens = empty_caption.to(device).expand(len(images), -1)
     masked, _ = mvlt.hide(images, plan.units[part])
     visual, text = model.encode(None if s.modality == "text" else masked, tokens)
     if "mir" in objectives and plan.count_mir[part].any():  # for no picture, pixel_shuffle has no gradient
@@ -380,7 +380,6 @@ def step_backward(model, batch, pairs, s, tokenizer, autocast, towers_only, hard
 
     groups = pairs.groups if hard and s.itm_negatives == "subcategory" else None
     plan = None if towers_only else plan_step(batch["step"], rows, pairs, s, model.config, tokenizer, groups, similar)
-    empty_caption = torch.tensor(tokenizer.encode(""))
     for i, part in enumerate(parts):
         losses = {}
         with autocast():
@@ -392,7 +391,7 @@ def step_backward(model, batch, pairs, s, tokenizer, autocast, towers_only, hard
                 losses["itc"] = itc
             if plan:
                 reseed(*keys[i], "fusion")
-                losses.update(fused_losses(model, images[i], plan, part, rows, pairs, s, empty_caption))
+                losses.update(fused_losses(model, images[i], plan, part, rows, pairs, s))
         if losses:  # there is none where MIR alone is trained and nothing is hidden
             mvlt.total_loss(losses, s.weights).backward()
         if contrast and part.start > 0:
@@ -668,7 +667,7 @@ def validate(model, pairs, s, tokenizer, autocast, limit=512):
     with evaluation.at_rest(model), autocast():
         for rows, images in whole_pictures(pairs, n, s, device):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            for name, loss in fused_losses(model, images, plan, part, everyone, pairs, s, torch.tensor(tokenizer.encode(""))).items():
+            for name, loss in fused_losses(model, images, plan, part, everyone, pairs, s).items():
                 losses[name] = losses.get(name, 0) + float(loss)
             if "cr" in s.chosen:
                 tokens = torch.tensor(tokenizer.encode("")).expand(len(rows), -1) if s.modality == "image" else data.trim(pairs.tokens[rows])
@@ -744,7 +743,7 @@ def main(args, given, changes):
     tokenizer = data.Tokenizer(saved["vocabulary"]) if saved else (evaluation.load_run(s.start)[1] if s.start else find_words(s, folder, rows))
     labels = {field: data.class_names(rows, field) for field in ("category", "subcategory")}
     if "cr" in s.chosen and not all(labels.values()):
-        raise RunError(f"--objectives {s.objectives}: recognition needs category and subcategory in {folder}")
+        raise RunError(f"--objectives {s.objectives}: recognition needs category and subcategory in {folder}, or leave cr out of --objectives")
 
     # model and optimiser
     model, said = make_model(replace(s, start="", init="") if saved else s, changes, tokenizer, labels)
@@ -855,23 +854,14 @@ def leave(error, status=1):
     sys.exit(status)
 
 
-def outside_cause(error):
-    """What a RuntimeError of torch means to a person, "" where it can only be a mistake in this program."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full; a smaller --micro-batch, or --recompute, may help"
-    if isinstance(error, dist.DistError) or "gloo" in str(error):
-        return "another process of this run has ended, so this one ends too; the other's own message says why"
-    return str(error) if "DataLoader worker" in str(error) else ""
-
-
 if __name__ == "__main__":
     arguments, given, changes = parse()
     try:
         run, settings = main(arguments, given, changes)
-        if dist.is_initialized():
-            dist.destroy_process_group()
         if settings.data == TOY:
             evaluation.main(evaluation.parse([str(run), "--device", arguments.device, "--queries", "100", "--draws", "2"]))
+        if dist.is_initialized():  # once, at the very end: torchrun's store still holds the old addresses, and a second meeting may hang on them
+            dist.destroy_process_group()
     except UsageError as error:
         leave(error, 2)
     except (RunError, data.DataError, ValueError, OSError) as error:
@@ -879,6 +869,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         leave("interrupted")
     except RuntimeError as error:
-        if not outside_cause(error):
+        cause = evaluation.outside_cause(error, "--micro-batch N, for so many pairs at once, or --recompute,")
+        if not cause:
             raise
-        leave(outside_cause(error))
+        leave(cause)
