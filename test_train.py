@@ -183,7 +183,7 @@ def test_a_run_says_what_it_did(unbroken, shop):
     towers, *_, fused = (line for line in lines_of(unbroken) if "val" not in line)
     assert towers.keys() == {"step", "epoch", "loss", "itc", "lr", "grad_norm", "images_per_s", "memory_gb"}
     assert fused.keys() == towers.keys() | {"mir", "itm", "mlm", "cr"}
-    assert fused["loss"] == pytest.approx(10 * fused["mir"] + fused["itm"] + fused["mlm"] + fused["itc"] + fused["cr"], rel=1e-5)
+    assert fused["loss"] == pytest.approx(10 * fused["mir"] + 3 * fused["itm"] + fused["mlm"] + fused["itc"] + fused["cr"], rel=1e-5)
     run = json.loads((unbroken / "config.json").read_text())
     assert run["run"]["data"] == str(shop) and run["run"]["steps"] == 8 and run["config"]["dims"] == [8, 16, 24, 32]
     assert sorted(path.name for path in (unbroken / "samples").iterdir()) == ["000003.png", "000006.png", "000008.png"]
@@ -361,7 +361,7 @@ def test_the_gradients_of_a_step_are_those_of_the_loss_in_one_piece(pairs, monke
         "cr": sum(mvlt.recognition_loss(logits, classes) for logits, classes in zip(whole.recognise(texts), known)),
     }
     assert chosen.any() and matched.any() and plan.where.any() and plan.count_cr.any() and not plan.matched.all()
-    mvlt.total_loss(losses, dict(mir=10, itm=1, mlm=1, itc=1, cr=1)).backward()
+    mvlt.total_loss(losses, dict(mir=10, itm=3, mlm=1, itc=1, cr=1)).backward()
     for name, loss in losses.items():
         assert float(totals[name]) == pytest.approx(loss.item(), rel=1e-5), name
     for (name, ours), theirs in zip(model.named_parameters(), whole.parameters()):
@@ -400,6 +400,15 @@ def test_bad_rows_and_bad_pictures_are_told_together_and_once(shop, tmp_path, ca
     in_process(tmp_path / "two", *TINY, "--steps", 1, "--data", tmp_path / "shop", "--skip-bad")
     screen = capsys.readouterr().out
     assert all(screen.count(line) == 1 for line in told)
+
+
+def test_the_papers_preset_is_section_4_1_whatever_the_demo_does():
+    s = train.resolve(dict(preset="paper"))
+    assert {name: s.weights[name] for name in s.chosen} == {"mir": 10, "itm": 1, "mlm": 1}
+    assert (s.lr, s.weight_decay, s.batch_size, s.epochs) == (2.5e-3, 1e-4, 1200, 150) and mvlt.Config.preset(s.model) == mvlt.Config()
+    assert (s.mask_ratio, s.mask_words, s.mask_unit, s.mask_style) == (0.5, 0.15, 16, "random")
+    assert (s.itm_negatives, s.alike, s.itm_from, s.match_whole, s.fit) == ("uniform", 1, 0, False, "stretch")
+    assert (s.mirror, s.shift, s.zoom, s.drop_caption) == (0, 0, 0, 0)
 
 
 def test_the_papers_recognition_reads_every_caption():
@@ -745,7 +754,7 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path):
         rows.append(dict(image=f"images/{number}.png", caption=caption, product_id=str(number)))
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "val.jsonl").write_text("".join(json.dumps({**row, "product_id": "again " + row["product_id"]}) + "\n" for row in rows))
-    still = "--mirror 0 --shift 0 --zoom 0 --dropout 0 --drop-path 0 --no-bf16 --objectives mir,itm,mlm --itm-negatives uniform --itm-from 0".split()
+    still = "--mirror 0 --shift 0 --zoom 0 --dropout 0 --drop-path 0 --no-bf16 --objectives mir,itm,mlm --w-itm 1 --itm-negatives uniform --itm-from 0".split()
     larger = "--dims 16,32,48,64 --token-dim 64 --text-len 8 --steps 500 --batch-size 64 --lr 2e-3 --final-lr 1e-5 --save-every 1000 --log-every 5".split()
     run = in_process(tmp_path / "run", *TINY, *still, *larger, "--data", tmp_path)
 
