@@ -190,6 +190,7 @@ def test_bad_csv_lines_are_told_too(folder):
     assert message(data.read, folder, "test") == told
 
 
+@LAW
 @given(opened=st.integers(0, 9), closed=st.integers(0, 9))
 def test_a_quote_left_open_costs_its_own_line_and_no_other(opened, closed):
     """Wherever the next quote stands, also as part of a caption that is quoted well."""

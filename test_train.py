@@ -981,7 +981,7 @@ def test_recognition_is_fine_tuned_from_a_run_by_every_modality(unbroken, shop, 
 def test_recognition_from_nothing_but_categories_learns(shop, tmp_path):
     out = in_process(tmp_path / "run", *TINY, "--task", "recognise", "--steps", 60, "--batch-size", 32, "--lr", 5e-3, "--data", shop, "--log-every", 1, "--mirror", 0)
     first, last = lines_of(out)[0]["cr"], lines_of(out)[-2]["cr"]
-    assert last < 0.8 * first
+    assert last < 0.9 * first
 
 
 def pvt_names(model):
