@@ -1,420 +1,207 @@
 """
-The paper's tables and figures from a trained run (Sec. 3.3 and 4; Tables 2, 5 and 6; Figs. 5 to 8).
+The paper's tables and figures from one trained run or several (Sec. 3.3 and 4; Tables 2, 5 and 6; Figs. 5 to 8).
 
-    python eval.py runs/1                                      what the run can do, on the test split of its own data
-    python eval.py runs/1 --data shop --tasks retrieval        zero-shot TIR and ITR on a folder of your own
-    python eval.py runs/1 --full-gallery                       every product ranked by the towers, the best again by towers and ITM
-    torchrun --nproc_per_node=8 eval.py runs/1                 the same numbers, sooner
+    python eval.py runs/1                        what the run was trained for, on the test split of its own data
+    python eval.py runs/1 runs/2 --data shop     two runs of any models side by side, on the same candidate lists
+    python eval.py runs/1 --full-gallery         the towers rank every picture and caption, ITM orders the best again
+    python eval.py --draw-lists shop             write the candidate lists of a folder's test split
+    torchrun --nproc_per_node=8 eval.py runs/1   the same numbers, sooner
 
-It prints the tables beside the paper's and writes RUN/results.json (shares such as R@1 lie in [0, 1]), RUN/candidates.json and
-RUN/report.html. Letters: Q queries, C candidates of a query (the truth and 100 others), B batch, H and W a picture's sides.
+It prints the tables and writes results.json (shares such as R@1 lie in [0, 1]), report.html and, where it drew lists,
+candidates.json. The paper's numbers stand beside ours only on the paper's own data sets.
 
-Departures: a tie or a NaN counts against us (the authors list the truth first and stop at ties); recalls are divided by the number of
-queries, not by 1000; PSNR is that of pixels in [0, 1] (the authors' is 48 dB higher); a row whose class the run never saw counts as read wrong.
+Letters: n rows of the split, Q queries, C candidates of a query (the truth and 100 others), B batch, E width of the
+towers' vectors, H and W a picture's sides. Pictures and captions go by row numbers: a pair is (the row whose picture is
+read, the row whose caption is read). Rows may share a picture or a caption; it is then read once.
+
+A row whose class the run never saw counts as an error. Other departures are those of extras/metrics.py.
 """
 
 import argparse
-import ctypes
+import contextlib
+import functools
 import json
 import math
 import os
 import statistics
-import sys
 from collections import defaultdict
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 import data
 import mvlt
-import report
-from report import DIRECTIONS
+from extras import captions, lists, readers, report, runtime, weights
+from extras.lists import WAYS, candidates
+from extras.metrics import accuracy, best_ranks, macro_f, mean_and_sd, psnr, ranks, recalls, ssim  # noqa: F401 eval.ranks
+from extras.runtime import UserError, quoted
 
+TASKS = {  # task -> (objectives, any of which trains a run for it; the method that does it)
+    "retrieval": (("itm", "itc"), "score"),
+    "recognition": (("cr",), "classify"),
+    "generation": (("mir",), "rebuild"),
+    "captioning": (("caption",), "caption"),
+    "pretext": (("rr", "jps", "cp", "g2cm", "b2cm"), "pretext"),
+    "full_gallery": (("itc",), "embed_images"),
+}
+FIELDS = ("category", "subcategory")  # M-CR and S-CR
+READS = {"both": "picture and caption", "image": "the picture alone", "text": "the caption alone"}
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)  # the shares hidden in Fig. 7; Table 3 (a)
-TASKS = {"retrieval": "itm", "recognition": "cr", "generation": "mir"}  # each with the objective that trains a run for it
-FIELDS = {"main": "category", "sub": "subcategory"}  # M-CR and S-CR
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Metrics
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading a split with a model, shared out over the processes
 
 
-def ranks(scores, truth):
+def first_rows(ids):
+    """(n,) int64: for every row, the first row with the same id."""
+    _, first, same = np.unique(np.asarray(ids), return_index=True, return_inverse=True)
+    return torch.from_numpy(first[same])
+
+
+def share_out(batches, compute, width, device, what=None):
     """
-    scores (Q, C), truth (Q,) the column of the right candidate. Returns (Q,) int64: 1 + the number of others that score as high or higher.
-    A NaN truth is last, a NaN rival is ahead.
-    """
-    scores, truth = torch.as_tensor(scores).double(), torch.as_tensor(truth).long()
-    return best_ranks(scores, F.one_hot(truth, scores.shape[1]).bool())
-
-
-def best_ranks(scores, right):
-    """As `ranks`, when several candidates may be right: right (Q, C) bool. The rank of the best right one among the wrong ones."""
-    best = scores.masked_fill(~right | scores.isnan(), -math.inf).amax(dim=1, keepdim=True)
-    ahead = ~right & ((scores >= best) | scores.isnan())
-    return 1 + ahead.sum(dim=1)
-
-
-def recalls(ranks):
-    """R@k as shares of the queries, SumR = 100 (R@1 + R@5 + R@10), and the median rank (of an even number, the mean of the middle two)."""
-    ranks = np.asarray(ranks)
-    result = {f"R@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)}
-    return {**result, "SumR": 100 * sum(result.values()), "median_rank": float(np.median(ranks))}
-
-
-def mean_and_sd(draws):
-    """[{name: value}, ...], one per draw -> {name: mean, ..., "sd": {name: standard deviation, None when there is one draw only}}."""
-    names = draws[0].keys()
-    sd = {name: statistics.stdev(draw[name] for draw in draws) if len(draws) > 1 else None for name in names}
-    return {**{name: statistics.fmean(draw[name] for draw in draws) for name in names}, "sd": sd}
-
-
-def accuracy(true, predicted):
-    return float(np.mean(np.asarray(true) == np.asarray(predicted)))
-
-
-def macro_f(true, predicted):
-    """The mean of the classes' F-measures, 2 TP / (2 TP + FP + FN), over the true and the predicted classes together (as the authors)."""
-    true, predicted = np.asarray(true), np.asarray(predicted)
-    if true.shape != predicted.shape or true.ndim != 1 or len(true) == 0:
-        raise ValueError(f"macro_f: needs two sequences of one length above 0, got shapes {true.shape} and {predicted.shape}")
-    classes, ids = np.unique(np.concatenate([true, predicted]), return_inverse=True)
-    true, predicted = ids[: len(true)], ids[len(true) :]
-    hits = np.bincount(true[true == predicted], minlength=len(classes))
-    both = np.bincount(true, minlength=len(classes)) + np.bincount(predicted, minlength=len(classes))  # 2 TP + FP + FN
-    return float((2 * hits / both).mean())
-
-
-def psnr(a, b, where=None):
-    """a, b (B, 3, H, W) in [0, 1] -> (B,) dB; where (B, 1, H, W) bool restricts it to those pixels (NaN where it holds none)."""
-    error = (a.double() - b.double()) ** 2
-    if where is None:
-        mse = error.mean(dim=(1, 2, 3))
-    else:
-        mse = (error * where).sum(dim=(1, 2, 3)) / (error.shape[1] * where.sum(dim=(1, 2, 3)))
-    return -10 * mse.log10()
-
-
-def ssim(a, b):
-    """
-    a, b (B, 3, H, W) in [0, 1] -> (B,): Wang et al. 2004, Gaussian window of 11 x 11 with sigma 1.5, K 0.01 and 0.03, range 1, population
-    covariance, windows that lie wholly within the picture, mean over channels.
-    """
-    if min(a.shape[2:]) < 11:
-        raise ValueError(f"ssim: pictures must be at least 11 x 11, got {tuple(a.shape[2:])}")
-    x = torch.arange(-5, 6, dtype=torch.float64, device=a.device)
-    window = torch.exp(-(x**2) / (2 * 1.5**2))
-    window = window / window.sum()
-
-    def blur(image):  # (B, 3, H, W) -> (B, 3, H - 10, W - 10), along the columns and then along the rows
-        blurred = F.conv2d(F.conv2d(image.flatten(0, 1)[:, None], window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
-        return blurred.view(*image.shape[:2], *blurred.shape[2:])
-
-    a, b = a.double(), b.double()
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, covariance = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return similarity.mean(dim=(1, 2, 3))
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Candidate lists
-
-
-def candidates(rows, queries=1000, size=101, seed=0):
-    """
-    Draw the query products and for each the truth and size - 1 other products of its sub-category; where these are too few, of its main
-    category, then of any. No two candidates share a product or a caption (case and spaces apart). Lists depend on (rows, seed) only.
-    rows: manifest rows as dicts. Returns [{"query": row number, "candidates": [row numbers, the truth (the query itself) first]}, ...].
-    """
-    if queries < 1 or size < 2:
-        raise ValueError(f"candidates: needs queries of at least 1 and size of at least 2, got {queries} and {size}")
-    random = np.random.default_rng(seed)
-    shelves = defaultdict(lambda: defaultdict(list))  # shelf -> product -> its row numbers
-    for number, row in enumerate(rows):
-        for shelf in shelves_of(row):
-            shelves[shelf][row["product_id"]].append(number)
-    shelves = {shelf: list(products.values()) for shelf, products in shelves.items()}
-    products = shelves.get((), [])
-    chosen = [products[i] for i in random.permutation(len(products))[:queries]]
-    queries = [views[random.integers(len(views))] for views in chosen]
-    captions = list(map(data.plain_caption, rows))
-    return [{"query": query, "candidates": draw_list(rows, captions, query, shelves, size, random)} for query in queries]
-
-
-def shelves_of(row):
-    """Where to look for a row's rivals, nearest first; () holds every product."""
-    category, subcategory = row.get("category"), row.get("subcategory")
-    return [(category, subcategory)] * bool(subcategory) + [(category,)] * bool(category) + [()]
-
-
-def draw_list(rows, captions, query, shelves, size, random):
-    found, taken_products, taken_captions = [query], {rows[query]["product_id"]}, {captions[query]}
-    for shelf in shelves_of(rows[query]):
-        for i in random.permutation(len(shelves[shelf])):
-            if len(found) == size:
-                return found
-            views = [row for row in shelves[shelf][i] if rows[row]["product_id"] not in taken_products and captions[row] not in taken_captions]
-            if views:
-                row = views[random.integers(len(views))]
-                found.append(row)
-                taken_products.add(rows[row]["product_id"])
-                taken_captions.add(captions[row])
-    if len(found) < size:
-        raise ValueError(f"candidates: a list needs {size} products with different captions, this split has {len(found)} for row {query}; "
-                         "--full-gallery ranks a small split whole")
-    return found
-
-
-def filled(rows, lists):
-    """How many lists hold a product from outside the query's sub-category."""
-    def outside(entry):
-        home = shelves_of(rows[entry["query"]])[0]
-        return len(home) < 2 or any(shelves_of(rows[row])[0] != home for row in entry["candidates"])
-
-    return sum(map(outside, lists))
-
-
-def counts(rows, draws):
-    """What the tables say of one way's lists, [lists of a draw, ...]."""
-    lists = [entry for draw in draws for entry in draw]
-    return {"queries": len(draws[0]), "size": len(lists[0]["candidates"]), "draws": len(draws), "lists": len(lists), "filled": filled(rows, lists)}
-
-
-def save_candidates(path, draws, rows):
-    """
-    draws: one {"tir": lists, "itr": lists} per draw, both the same lists -> a JSON list of {"query", "candidates", "draw", "product_id"},
-    the last to tell when row numbers have come to mean other products.
-    """
-    entries = [{**entry, "draw": i, "product_id": rows[entry["query"]]["product_id"]} for i, draw in enumerate(draws) for entry in draw["tir"]]
-    with data.whole_file(path) as file:
-        file.write(json.dumps(entries).encode())
-
-
-def read_candidates(path, rows):
-    """
-    The lists that `save_candidates` or `data.py candidates` wrote, or the authors' pickles: a folder of them, or the folder that holds
-    retrieve_TIR and retrieve_ITR. Returns one {"tir": lists, "itr": lists} per draw.
-    """
-    path = Path(path)
-    if path.is_dir():
-        two = [path / "retrieve_TIR", path / "retrieve_ITR"]
-        tir, itr = [read_pickles(folder if folder.is_dir() else path, rows) for folder in two]
-        return [{"tir": check_lists(tir, rows, path), "itr": check_lists(itr, rows, path)}]
-    try:
-        entries = json.loads(path.read_text())
-        draws = defaultdict(list)
-        for entry in entries:
-            draws[entry.pop("draw", 0)].append({"query": entry.pop("query"), "candidates": entry.pop("candidates"), **entry})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise data.DataError(f"{path}: not a file of candidate lists ({type(error).__name__}: {error})") from None
-    return [{"tir": lists, "itr": lists} for lists in (check_lists(draws[draw], rows, path) for draw in sorted(draws) or [0])]
-
-
-def read_pickles(folder, rows):
-    """The authors' form: per query a pickled dict of 101 entries with "img_name", the truth first."""
-    number = {Path(row["image"]).name: i for i, row in enumerate(rows)}
-    lists = []
-    for file in sorted(folder.glob("*.pkl")):
-        try:
-            names = [str(entry["img_name"]) for entry in data.read_pickle(file).values()]
-        except (KeyError, TypeError, AttributeError):
-            raise data.DataError(f"{file}: must be a dict of dicts with img_name") from None
-        unknown = [name for name in names if name not in number]
-        if unknown or not names:
-            raise data.DataError(f"{file}: {repr(unknown[0]) + ' is no picture of this split' if unknown else 'names no picture'}")
-        found = [number[name] for name in names]
-        lists.append({"query": found[0], "candidates": found})
-    return lists
-
-
-def check_lists(lists, rows, path):
-    """Lists that cannot be ranked by `retrieval` are an error that names the list and the rule."""
-    def rule(entry):
-        found = entry["candidates"]
-        if not isinstance(found, list) or not all(type(row) is int and 0 <= row < len(rows) for row in found):
-            return f"must hold row numbers from 0 to {len(rows) - 1}"
-        if len(found) != len(lists[0]["candidates"]) or len(found) < 2 or len(set(found)) < len(found):
-            return "must hold as many rows as the others, at least 2, none twice"
-        product = rows[found[0]]["product_id"]
-        if entry.get("product_id", product) != product:
-            return f"was drawn from other rows: its query was product {entry['product_id']!r}, that row is now {product!r}"
-        return "must begin with the query" * (found[0] != entry["query"])
-
-    if not lists:
-        raise data.DataError(f"{path}: holds no candidate list")
-    for number, entry in enumerate(lists):
-        if rule(entry):
-            raise data.DataError(f"{path}: list {number + 1} {rule(entry)}")
-    return lists
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Reading a split with a run
-
-
-class Catalogue(NamedTuple):
-    """A split, opened and tokenised once: each distinct picture and caption stands once, however many rows, lists or draws name it."""
-
-    rows: list
-    pictures: data.Pictures  # (P, H, W, 3) uint8, on the disk
-    tokens: torch.Tensor  # (T, L) int64
-    picture_of: torch.Tensor  # (rows,) int64, the row's picture
-    caption_of: torch.Tensor  # (rows,) int64, the row's caption
-
-    @classmethod
-    def of(cls, rows, pictures, tokenizer, config):
-        """From what `data.load` returns."""
-        picture_of, caption_of = data.numbered([row["image"] for row in rows]), data.numbered([row["caption"] for row in rows])
-        first = [np.unique(of, return_index=True)[1] for of in (picture_of, caption_of)]  # the first row of each
-        tokens = data.tokenize([rows[row] for row in first[1]], tokenizer, config.text_len)
-        return cls(rows, data.Pictures(pictures.path, pictures.index[first[0]]), tokens, picture_of, caption_of)
-
-    def pairs(self, way, lists):
-        """What `pair_scores` reads for Q candidate lists: the (picture, caption) numbers, (Q, C, 2)."""
-        found = torch.tensor([entry["candidates"] for entry in lists])
-        queries = found[:, :1].expand_as(found)
-        pictures, captions = (found, queries) if way == "tir" else (queries, found)
-        return torch.stack([self.picture_of[pictures], self.caption_of[captions]], dim=-1)
-
-
-def load_run(path, device="cpu"):
-    """A run folder (best.pt, else last.pt) or a checkpoint file -> (model in eval mode, tokenizer, the run's settings as a dict)."""
-    path = Path(path)
-    files = [path] if path.is_file() else [file for file in (path / "best.pt", path / "last.pt") if file.is_file()]
-    if not files:
-        raise data.DataError(f"{path}: no run here (neither best.pt nor last.pt)")
-    model, checkpoint = mvlt.load(files[0]), mvlt.read(files[0])
-    if len(model.vocabulary) != model.config.vocab_size:
-        raise data.DataError(f"{files[0]}: carries {len(model.vocabulary)} words, its vocab_size is {model.config.vocab_size}")
-    run = {**checkpoint.get("run", {}), "step": checkpoint.get("step"), "checkpoint": files[0].name}
-    return model.to(device), data.Tokenizer(model.vocabulary), run
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def autocast(device):
-    """bf16 where the device gains from it: a GPU that has it, or a CPU with instructions for it."""
-    if device.type == "cpu":
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        gains = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    else:
-        gains = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=gains)
-
-
-@contextmanager
-def at_rest(model):
-    """Read with the model: no dropout, no gradients; afterwards it is as it was. Yields its device."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
-    finally:
-        model.train(training)
-
-
-def floats(pictures, numbers, device):
-    """Pictures by number -> (B, 3, H, W) floats in [0, 1] on the device."""
-    chosen = torch.from_numpy(np.ascontiguousarray(pictures[np.asarray(numbers)]))
-    return data.images_to_float(chosen.to(device).permute(0, 3, 1, 2))
-
-
-def deal_out(batches, compute, width, device, what=None):
-    """
-    compute(batch) -> (len(batch), width) for every batch of numbers, the batches dealt out over the processes. Returns (all, width)
-    float64, the same in every process and for any number of them. `what` names the progress bar.
+    compute(batch) -> (len(batch), width) for every batch of numbers; each process computes some of the batches. Returns
+    (all, width) float64, the same in every process and for any number of them. `what` names the progress bar.
     """
     result = torch.zeros(sum(map(len, batches)), width, dtype=torch.float64)
-    for batch in tqdm(batches[rank() :: world()], desc=what, unit="batch", disable=None if what and rank() == 0 else True):
+    index, world = runtime.process_index(), runtime.world()
+    quiet = None if what and index == 0 else True  # None: a bar where there is a terminal
+    for batch in tqdm(batches[index::world], desc=what, unit="batch", disable=quiet):
         result[batch] = compute(batch).double().cpu()
-    if world() > 1:
-        result = result.to(device)
-        dist.all_reduce(result)
-        result = result.cpu()
-    return result
+    return runtime.sum_over_processes(result.to(device)).cpu()
 
 
-def by_length(tokens, batch_size, captions=slice(None)):
-    """Batches of numbers (of captions, or of pairs by the captions they name), short ones first, so that few carry padding."""
-    return (tokens != 0).sum(dim=1)[captions].argsort(stable=True).split(batch_size)
+def by_length(tokens, batch_size):
+    """Batches of numbers, short captions first, so that few captions carry padding."""
+    return (tokens != 0).sum(dim=1).argsort(stable=True).split(batch_size)
 
 
-def pair_scores(model, pictures, tokens, pairs, batch_size=256, what=None):
-    """
-    The fusion encoder's verdict: pairs (n, 2) of (picture number, caption number) -> (n,) float64, match - mismatch logit.
-    A pair that occurs twice is read once. Under torchrun every process must call it; the work is shared.
-    """
-    pairs, where = torch.unique(pairs, dim=0, return_inverse=True)
+def pair_scores(model, split, pairs, batch_size=256, what=None):
+    """The fusion encoder's match - mismatch logits: pairs (..., 2) of rows -> (...) float64. Each is read once."""
+    pictures, texts = first_rows(split.pictures.index), first_rows(split.captions)
+    named = torch.stack([pictures[pairs[..., 0]], texts[pairs[..., 1]]], dim=-1).view(-1, 2)
+    distinct, where = torch.unique(named, dim=0, return_inverse=True)
+    tokens = split.tokens[distinct[:, 1]]
 
-    def compute(batch):
-        images, words = floats(pictures, pairs[batch, 0], device), data.trim(tokens[pairs[batch, 1]]).to(device)
-        with autocast(device):
-            _, text = model.encode(images, words)
-        logits = model.match([t.float() for t in text])  # in bf16 close scores would tie
-        return (logits[:, 1] - logits[:, 0])[:, None]
+    def score(batch):
+        images = split.images(distinct[batch, 0], device)
+        with runtime.autocast(device):
+            return model.score(images, data.trim(tokens[batch]).to(device))[:, None]
 
-    with at_rest(model) as device:
-        return deal_out(by_length(tokens, batch_size, pairs[:, 1]), compute, 1, device, what)[where, 0]
+    with runtime.evaluating(model) as device:
+        scores = share_out(by_length(tokens, batch_size), score, 1, device, what)
+    return scores[where, 0].view(pairs.shape[:-1])
 
 
-def tower_vectors(model, pictures, tokens, batch_size=256, what=None):
-    """Each picture and each caption read once, alone: unit vectors (P, embed_dim) and (T, embed_dim)."""
-    def picture_vectors(batch):
-        with autocast(device):
-            return model.embed_images(floats(pictures, batch, device))
+class Towers(NamedTuple):
+    """The towers' unit vectors of the distinct pictures and captions, and the number of each row's own among them."""
 
-    def caption_vectors(batch):
-        with autocast(device):
+    images: torch.Tensor  # (pictures, E)
+    picture_of: torch.Tensor  # (n,)
+    texts: torch.Tensor  # (captions, E)
+    caption_of: torch.Tensor  # (n,)
+
+
+def read_towers(model, split, batch_size=256, what=None, limit=None):
+    """The Towers of the first `limit` rows (default: all). Each picture and each caption is read once, alone."""
+    pictures, picture_of = torch.unique(first_rows(split.pictures.index[:limit]), return_inverse=True)
+    texts, caption_of = torch.unique(first_rows(split.captions[:limit]), return_inverse=True)
+    tokens = split.tokens[texts]
+
+    def embed_pictures(batch):
+        with runtime.autocast(device):
+            return model.embed_images(split.images(pictures[batch], device))
+
+    def embed_captions(batch):
+        with runtime.autocast(device):
             return model.embed_texts(data.trim(tokens[batch]).to(device))
 
-    width, numbers = model.config.embed_dim, torch.arange(len(pictures))
-    with at_rest(model) as device:
-        images = deal_out(numbers.split(batch_size), picture_vectors, width, device, what and f"{what}: pictures")
-        return images, deal_out(by_length(tokens, batch_size), caption_vectors, width, device, what and f"{what}: captions")
+    width, in_order = model.config.embed_dim, torch.arange(len(pictures)).split(batch_size)
+    with runtime.evaluating(model) as device:
+        images = share_out(in_order, embed_pictures, width, device, what and f"{what}: pictures")
+        words = share_out(by_length(tokens, batch_size), embed_captions, width, device, what and f"{what}: captions")
+    return Towers(images, picture_of, words, caption_of)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Retrieval, zero-shot (Task 1 and 2)
+# ----------------------------------------------------------------------------------------------------------------------
+# Retrieval, zero-shot (Tasks 1 and 2)
 
 
-def retrieval(model, catalogue, draws, batch_size=256, best=20, towers=True, what=None):
+class Questions(NamedTuple):
     """
-    TIR and ITR over candidate lists: draws is one {"tir": lists, "itr": lists} per draw. By the fusion encoder ("tir", "itr") and, with
-    `towers`, by the towers alone ("tir_towers", ...) and by both together among the towers' `best` ("tir_reranked", ...).
-    Returns the results, the fusion encoder's scores, {"tir": [(Q, C) per draw], "itr": [...]}, and in the same form the scores that put
-    answers in order: towers and ITM together, or without towers ITM's.
+    Q queries and the C candidates of each, as rows. Text to picture ("tir"): the caption of a query's row asks for the
+    pictures of the candidates' rows; picture to text ("itr"): the other way round.
     """
-    pairs = {way: [catalogue.pairs(way, draw[way]) for draw in draws] for way in DIRECTIONS}
-    every = [pair for way in DIRECTIONS for pair in pairs[way]]  # (Q, C, 2) each; read at once, so that no pair is read twice
-    flat = pair_scores(model, catalogue.pictures, catalogue.tokens, torch.cat([pair.flatten(0, 1) for pair in every]), batch_size, what)
-    parts = iter(flat.split([pair[..., 0].numel() for pair in every]))
-    scores = {way: [next(parts).view(pair.shape[:2]) for pair in pairs[way]] for way in DIRECTIONS}
-    measured = lambda draws: mean_and_sd([recalls(best_ranks(s, first_is_right(s))) for s in draws])
-    results, order = {way: measured(scores[way]) for way in DIRECTIONS}, scores
-    if towers:
-        images, texts = tower_vectors(model, catalogue.pictures, catalogue.tokens, batch_size, what and f"{what}, towers")
-        for way in DIRECTIONS:
-            near = [(images[pair[..., 0]] * texts[pair[..., 1]]).sum(dim=-1).float() for pair in pairs[way]]
-            results[f"{way}_towers"] = measured(near)
-            order = {**order, way: [in_two_steps(n, both(model, n, s), best) for n, s in zip(near, scores[way])]}
-            results[f"{way}_reranked"] = measured(order[way])
-    return results, scores, order
+
+    way: str
+    queries: torch.Tensor  # (Q,)
+    candidates: torch.Tensor  # (Q, C)
+    right: torch.Tensor  # (Q, C) bool
+
+    def pairs(self):
+        """(Q, C, 2): whose picture is read with whose caption."""
+        queries = self.queries[:, None].expand_as(self.candidates)
+        sides = (self.candidates, queries) if self.way == "tir" else (queries, self.candidates)
+        return torch.stack(sides, dim=-1)
+
+    def cut(self, columns):
+        """The same queries with these candidates alone: columns (Q, c)."""
+        return self._replace(candidates=self.candidates.gather(1, columns), right=self.right.gather(1, columns))
+
+
+def from_lists(way, entries):
+    """Candidate lists, in which the truth stands first -> Questions."""
+    found = torch.tensor([entry["candidates"] for entry in entries])
+    right = (torch.arange(found.shape[1]) == 0).expand(found.shape)
+    return Questions(way, found[:, 0], found, right)
+
+
+def from_gallery(split, way, queries=None, seed=0):
+    """
+    Every distinct caption asks for all distinct pictures, or the other way round; with `queries`, that many ask.
+    Right is whatever belongs to a product of the query's, so any of a picture's captions counts (COCO 5K).
+    """
+    pictures, texts = first_rows(split.pictures.index), first_rows(split.captions)
+    asking, answering = (texts, pictures) if way == "tir" else (pictures, texts)
+    asked, gallery = asking.unique(), answering.unique()
+    asked = asked[torch.randperm(len(asked), generator=data.generator(seed, "gallery", way))[:queries]]
+    answers, line = defaultdict(list), {row: i for i, row in enumerate(asked.tolist())}
+    for column, product in zip(torch.searchsorted(gallery, answering).tolist(), split.products.tolist()):
+        answers[product].append(column)
+    right = torch.zeros(len(asked), len(gallery), dtype=torch.bool)
+    for query, product in zip(asking.tolist(), split.products.tolist()):
+        if query in line:
+            right[line[query], answers[product]] = True
+    return Questions(way, asked, gallery.expand(len(asked), -1), right)
+
+
+def shortlist(scores, right, best):
+    """The columns of the `best` candidates, the best first, (Q, best); a tie or a NaN counts against the right ones."""
+    scores = scores.double() - 1e-12 * right  # a tie is lost
+    scores = torch.where(scores.isnan(), torch.where(right, -math.inf, math.inf), scores)
+    return scores.topk(min(best, scores.shape[1]), dim=1).indices
+
+
+def rank_by_towers(towers, questions, best, chunk=256):
+    """The towers' ranks (Q,), the columns of their `best` candidates (Q, best), and the cosines of these."""
+    asking, asking_of, answering, answering_of = towers
+    if questions.way == "tir":
+        asking, asking_of, answering, answering_of = answering, answering_of, asking, asking_of
+    found = []
+    for start in range(0, len(questions.queries), chunk):
+        part = slice(start, start + chunk)
+        right = questions.right[part]
+        near = asking[asking_of[questions.queries[part]]] @ answering.T
+        near = near.float().gather(1, answering_of[questions.candidates[part]])  # float: equal vectors must tie
+        columns = shortlist(near, right, best)
+        found.append((best_ranks(near, right), columns, near.gather(1, columns)))
+    return [torch.cat(parts) for parts in zip(*found)]
 
 
 def as_logit(model, near):
@@ -423,153 +210,147 @@ def as_logit(model, near):
 
 
 def both(model, near, scores):
-    """What towers (cosines) and ITM (match - mismatch logits) say together. Half of ITM, for both read the same things: see EXPERIMENTS.md."""
+    """Towers (cosines) and ITM (match - mismatch logits) together. Half of ITM: both see the same (EXPERIMENTS.md)."""
     return as_logit(model, near) + scores / 2
 
 
-def first_is_right(scores):
-    """Candidate lists begin with the truth: (Q, C) bool."""
-    return (torch.arange(scores.shape[1]) == 0).expand(scores.shape)
+class Ranking(NamedTuple):
+    """What became of Questions: the rank of the truth by each method, and for Fig. 5 the best candidates."""
+
+    ranks: dict  # {"fusion": (Q,), "towers": (Q,), "reranked": (Q,)}, as far as the model can
+    best: torch.Tensor  # (Q, 5 or fewer) columns, the best first
+    scores: torch.Tensor  # the same shape: ITM's logits, or the cosines of a run without ITM
 
 
-def shortlist(near, right, best):
-    """The columns of the `best` nearest candidates, (Q, best); a tie or a NaN counts against the right ones."""
-    near = near.double() - 1e-12 * right  # a tie is lost
-    near = torch.where(near.isnan(), torch.where(right, -math.inf, math.inf), near)
-    return near.topk(min(best, near.shape[1]), dim=1).indices
-
-
-def in_two_steps(near, scores, best):
+def rank(model, split, asked, towers=None, best=20, everything=True, batch_size=256, what=None):
     """
-    One score for both steps, (Q, C), the truth first: the towers (near) choose the `best`, `scores` puts those in order, the rest stay
-    behind as the towers have them.
+    One Ranking for each of the Questions in `asked`. "towers": by cosine. "reranked": the towers' `best` in the order
+    of towers and ITM together; a truth that is not among them keeps the towers' rank. "fusion": by ITM, which then
+    reads `everything`. towers: from `read_towers`, None for a run without. No pair is read twice.
     """
-    chosen = torch.zeros(near.shape, dtype=torch.bool).scatter(1, shortlist(near, first_is_right(near), best), True)
-    return torch.where(chosen, scores.double(), near.double() - 1e6)
+    first = [towers and rank_by_towers(towers, questions, best) for questions in asked]
+    if "itm" not in model.recipe.weights:
+        return [Ranking({"towers": ranked}, columns[:, :5], near[:, :5]) for ranked, columns, near in first]
+    everything = everything or towers is None
+    read = asked if everything else [questions.cut(columns) for questions, (_, columns, _) in zip(asked, first)]
+    pairs = torch.cat([questions.pairs().flatten(0, 1) for questions in read])
+    scores = pair_scores(model, split, pairs, batch_size, what).split([one.right.numel() for one in read])
+    rankings = []
+    for questions, one, score, found in zip(asked, read, scores, first):
+        score, right = score.view(one.right.shape), one.right
+        ranked = {"fusion": best_ranks(score, right)} if everything else {}
+        columns = torch.arange(right.shape[1]).expand(right.shape)
+        together = score
+        if towers:
+            ranked["towers"], columns, near = found
+            right = questions.right.gather(1, columns)
+            score = score.gather(1, columns) if everything else score
+            together = both(model, near, score)
+            within = best_ranks(together, right)
+            ranked["reranked"] = torch.where(right.any(dim=1), within, ranked["towers"])
+        order = shortlist(together, right, 5)
+        rankings.append(Ranking(ranked, columns.gather(1, order), score.gather(1, order)))
+    return rankings
 
 
-def ranks_in_two_steps(first, scores, right):
-    """The rank within the shortlist, scores and right (Q, best), where that holds a right one; else the first rank, which is beyond it."""
-    return torch.where(right.any(dim=1), best_ranks(scores, right), first)
-
-
-def full_gallery(model, catalogue, queries=None, best=20, seed=0, batch_size=256, what=None):
+def retrieval(model, split, draws, towers=None, best=20, batch_size=256, what=None):
     """
-    Rank every distinct picture for a caption, and every distinct caption for a picture, by the towers, and the `best` of them again by towers and ITM
-    together. Right is whatever belongs to a product of the query's, so any of a picture's captions counts (COCO 5K). `queries`: that many, else all. With
-    `best` 0 the towers answer alone.
+    Candidate lists, one {"tir": lists, "itr": lists} per draw -> {way: {method: recalls, mean and sd over the draws}},
+    and the first draw as [(Questions, Ranking) for each way], for Fig. 5.
     """
-    images, texts = tower_vectors(model, catalogue.pictures, catalogue.tokens, batch_size, what and f"{what}, towers")
-    owner = data.numbered([row["product_id"] for row in catalogue.rows])
-    picture_owner = torch.unique(torch.stack([catalogue.picture_of, owner], dim=1), dim=0)
-    caption_owner = torch.unique(torch.stack([catalogue.caption_of, owner], dim=1), dim=0)
-    sides = {"tir": (texts, images, caption_owner, picture_owner), "itr": (images, texts, picture_owner, caption_owner)}
-    results = {"pictures": len(images), "captions": len(texts), "best": best}
-    results.update(towers_read=len(images) + len(texts), pairs_read=0, pairs_whole=0)  # the cost; pairs_whole: without the towers
-    for way, (asking, answering, asking_owner, answering_owner) in sides.items():
-        order = torch.randperm(len(asking), generator=data.generator(seed, "gallery", way))[:queries]
-        first, short, near, right = nearest(asking[order], answering, order, asking_owner, answering_owner, best)
-        results[f"{way}_towers"] = recalls(first)
-        results["pairs_whole"] += len(order) * len(answering)
-        if not best:
-            continue
-        asked = order[:, None].expand_as(short)
-        pairs = torch.stack([short, asked] if way == "tir" else [asked, short], dim=-1).flatten(0, 1)
-        scores = pair_scores(model, catalogue.pictures, catalogue.tokens, pairs, batch_size, what and f"{what}, {way}").view(short.shape)
-        results[way] = recalls(ranks_in_two_steps(first, both(model, near, scores), right))
-        results["pairs_read"] += len(torch.unique(pairs, dim=0))
+    asked = [from_lists(way, draw[way]) for draw in draws for way in WAYS]
+    rankings, results = rank(model, split, asked, towers, best, True, batch_size, what), {}
+    for place, way in enumerate(WAYS):
+        own = rankings[place :: len(WAYS)]
+        results[way] = {}
+        for method in own[0].ranks:
+            results[way][method] = mean_and_sd([recalls(ranking.ranks[method]) for ranking in own])
+    return results, list(zip(asked, rankings))[: len(WAYS)]
+
+
+def full_gallery(model, split, towers, queries=None, best=20, seed=0, batch_size=256, what=None):
+    """The whole split as gallery -> {way: {method: recalls}}, how many pairs were read, and how many there are."""
+    asked = [from_gallery(split, way, queries, seed) for way in WAYS]
+    results = {"pairs_read": 0, "pairs_in_all": 0}
+    for questions, ranking in zip(asked, rank(model, split, asked, towers, best, False, batch_size, what)):
+        results[questions.way] = {method: recalls(ranked) for method, ranked in ranking.ranks.items()}
+        size, gallery = questions.right.shape
+        results["pairs_in_all"] += size * gallery
+        results["pairs_read"] += size * min(best, gallery) if "reranked" in ranking.ranks else 0
     return results
 
 
-def nearest(vectors, gallery, numbers, asking_owner, answering_owner, best, chunk=256):
+# ----------------------------------------------------------------------------------------------------------------------
+# Recognition (Task 3), generation (Task 4) and captioning
+
+
+def read_classes(model, split, modality="both", batch_size=256, what=None, limit=None):
     """
-    The towers' ranks (Q,), shortlists (Q, best), their cosines and which of those are right. Owners are (n, 2) pairs of (number, product): an answer is
-    right when it shares a product with the query of that number.
+    The classes that the model gives to the first `limit` rows (default: all) -> (rows, 2) int64, main and sub-category.
+    modality: what it reads, "both", "image" (with an empty caption) or "text".
     """
-    products, answers = defaultdict(list), defaultdict(list)
-    for number, product in asking_owner.tolist():
-        products[number].append(product)
-    for number, product in answering_owner.tolist():
-        answers[product].append(number)
-    results = []
-    for part, asked in zip(vectors.split(chunk), numbers.split(chunk)):
-        near = (part @ gallery.T).float()  # equal vectors stay tied, whatever the order of the sum
-        right = torch.zeros(near.shape, dtype=torch.bool)
-        for i, number in enumerate(asked.tolist()):
-            right[i, [answer for product in products[number] for answer in answers[product]]] = True
-        short = shortlist(near, right, best)
-        results.append((best_ranks(near, right), short, near.gather(1, short), right.gather(1, short)))
-    return [torch.cat(parts) for parts in zip(*results)]
+    pairs = torch.stack([first_rows(split.pictures.index[:limit]), first_rows(split.captions[:limit])], dim=1)
+    pairs, where = torch.unique(pairs, dim=0, return_inverse=True)
+    tokens = split.tokens[pairs[:, 1]]
+    if modality == "image":
+        tokens = torch.tensor(split.tokenizer.encode("")).expand(len(pairs), -1)
+
+    def classify(batch):
+        images = None if modality == "text" else split.images(pairs[batch, 0], device)
+        with runtime.autocast(device):
+            logits = model.classify(images, data.trim(tokens[batch]).to(device))
+        return torch.stack([part.float().argmax(dim=1) for part in logits], dim=1)
+
+    with runtime.evaluating(model) as device:
+        return share_out(by_length(tokens, batch_size), classify, 2, device, what)[where].long().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Recognition (Task 3) and generation (Task 4)
-
-
-def read_classes(model, catalogue, empty, modality="both", batch_size=256, what=None):
-    """
-    The classes the run gives each row: (rows, 2) int64, main and sub-category.
-    modality: what it reads, "both", "image" (with the `empty` caption) or "text".
-    """
-    pairs, where = torch.unique(torch.stack([catalogue.picture_of, catalogue.caption_of], dim=1), dim=0, return_inverse=True)
-    tokens = torch.tensor(empty).expand(len(pairs), -1) if modality == "image" else catalogue.tokens[pairs[:, 1]]
-
-    def compute(batch):
-        images = None if modality == "text" else floats(catalogue.pictures, pairs[batch, 0], device)
-        with autocast(device):
-            _, text = model.encode(images, data.trim(tokens[batch]).to(device))
-        return torch.stack([logits.argmax(dim=1) for logits in model.recognise([t.float() for t in text])], dim=1)
-
-    with at_rest(model) as device:
-        return deal_out(by_length(tokens, batch_size), compute, 2, device, what)[where].long()
+def modality_of(model):
+    """What the recipe lets recognition read: "both", "image" or "text"."""
+    return getattr(model.recipe, "modality", "both")
 
 
 def true_classes(rows, field, names):
-    """The rows' class ids, -1 for a row without one; a class unknown to the run gets an id of its own, which no prediction can hit."""
+    """The rows' class ids, -1 for none; a class that the run never saw gets an id that no prediction can hit."""
     found = {row.get(field) or "" for row in rows} - {""}
     if not found:
-        raise data.DataError(f"{field}: no row of this split has one, which recognition needs")
+        raise UserError(f"{field}: no row of this split has one, which recognition needs")
     unknown = sorted(found - set(names))
     if len(unknown) == len(found):
-        raise data.DataError(f"{field}: the run knows none of this split's classes ({unknown[0]!r}, ...; the run knows {names[0]!r}, ...)")
+        raise UserError(f"{field}: the run knows none of this split's classes ({quoted(unknown[0])}, ...)")
     ids = {name: i for i, name in enumerate([*names, *unknown])}
     return np.array([ids.get(row.get(field), -1) for row in rows])
 
 
 def recognition(rows, labels, predicted):
     """
-    Accuracy, macro-F and SumC = 100 (accuracy + macro-F) of M-CR ("main") and S-CR ("sub"), over the rows that have a class; unseen: those
-    of classes the run never saw.
+    Accuracy, macro-F and SumC = 100 (accuracy + macro-F) of M-CR ("category") and S-CR ("subcategory"), over the rows
+    that have a class; unseen: the rows whose class the run never saw. labels: the model's, predicted: `read_classes`.
     """
     results = {}
-    for column, (part, field) in enumerate(FIELDS.items()):
+    for column, field in enumerate(FIELDS):
         true = true_classes(rows, field, labels[field])
         true, guessed = true[true >= 0], predicted[true >= 0, column]
         a, f = accuracy(true, guessed), macro_f(true, guessed)
-        unseen = int((true >= len(labels[field])).sum())
-        results[part] = {"accuracy": a, "macro_f": f, "SumC": 100 * (a + f), "rows": len(true), "classes": len(np.unique(true)), "unseen": unseen}
+        results[field] = {"accuracy": a, "macro_f": f, "SumC": 100 * (a + f), "rows": len(true),
+                          "classes": len(np.unique(true)), "unseen": int((true >= len(labels[field])).sum())}
     return results
 
 
-def confusion(true, predicted, names, largest=8):
-    """(names of the largest classes, counts): counts[t][p] rows of the t-th class read as the p-th, the last column as any other."""
-    size = np.bincount(true[true >= 0], minlength=len(names))[: len(names)]
-    classes = [c for c in np.argsort(-size, kind="stable")[:largest] if size[c]]
-    counts = [[int(((true == t) & (predicted == p)).sum()) for p in classes] for t in classes]
-    return [names[c] for c in classes], [row + [int(size[t]) - sum(row)] for row, t in zip(counts, classes)]
-
-
-def hide(images, numbers, style, ratio, unit, seed=0):
-    """Mask each picture by a draw that depends on its number alone. Returns the masked pictures and hidden (B, 1, H, W) bool."""
-    drawn = [mvlt.mask_images(image[None], style, ratio, unit, data.generator(seed, "hide", int(n))) for image, n in zip(images, numbers)]
-    return [torch.cat(parts) for parts in zip(*drawn)]
+def hide(images, keys, style, ratio, unit, seed=0):
+    """Mask each picture by a draw that depends on its key alone -> masked pictures, hidden (B, 1, H, W) bool."""
+    masked, hidden = [], []
+    for image, key in zip(images, keys):
+        one, where = mvlt.mask_images(image[None], style, ratio, unit, data.generator(seed, "hide", int(key)))
+        masked.append(one)
+        hidden.append(where)
+    return torch.cat(masked), torch.cat(hidden)
 
 
 def rebuild(model, masked, tokens):
-    """The whole pictures again, (B, 3, H, W) in [0, 1], from what is left of them and their captions."""
-    with autocast(masked.device):
-        visual, _ = model.encode(masked, tokens)
-        return model.reconstruct(visual).float().clamp(0, 1)
+    """The whole pictures, (B, 3, H, W) in [0, 1], from what is left of them and their captions."""
+    with runtime.autocast(masked.device):
+        return model.rebuild(masked, tokens).float().clamp(0, 1)
 
 
 def fill_with_mean(images, hidden):
@@ -579,299 +360,383 @@ def fill_with_mean(images, hidden):
     return torch.where(hidden, mean, images)
 
 
-def generation(model, catalogue, style="random", ratio=0.5, unit=16, batch_size=256, what=None):
+def generation(model, split, batch_size=256, what=None):
     """
-    PSNR and SSIM of the rebuilt pictures, each hidden by the same draw every time: of the picture as the model makes it, over the hidden
-    pixels alone, and "pasted" (the visible pixels kept, as the mean-colour floor keeps them). A perfect picture counts 100 dB.
+    PSNR and SSIM of the rebuilt pictures, hidden as the recipe says: of the picture that the model makes, over hidden
+    pixels alone, and "pasted" (visible pixels kept, as the mean-colour floor keeps them). A perfect picture has 100 dB.
     """
-    names = ("psnr", "ssim", "psnr_hidden", "psnr_pasted", "ssim_pasted", "floor_psnr", "floor_ssim", "floor_psnr_hidden")
-    first = np.unique(catalogue.picture_of, return_index=True)[1]  # each picture's first row, whose caption it gets
-    tokens = catalogue.tokens[catalogue.caption_of[first]]
+    names = ("psnr", "ssim", "psnr_hidden", "psnr_pasted", "ssim_pasted", "floor_psnr", "floor_ssim", "floor_hidden")
+    rows = first_rows(split.pictures.index).unique()  # each picture's first row, whose caption it gets
+    tokens, r = split.tokens[rows], model.recipe
 
-    def compute(batch):
-        images = floats(catalogue.pictures, batch, device)
-        masked, hidden = hide(images, batch, style, ratio, unit)
+    def measure(batch):
+        images = split.images(rows[batch], device)
+        masked, hidden = hide(images, rows[batch], r.mask_style, r.mask_ratio, r.mask_unit)
         rebuilt = rebuild(model, masked, data.trim(tokens[batch]).to(device))
         pasted, floor = torch.where(hidden, rebuilt, images), fill_with_mean(images, hidden)
-        values = [psnr(rebuilt, images), ssim(rebuilt, images), psnr(rebuilt, images, hidden), psnr(pasted, images), ssim(pasted, images),
-                  psnr(floor, images), ssim(floor, images), psnr(floor, images, hidden)]
+        values = [psnr(rebuilt, images), ssim(rebuilt, images), psnr(rebuilt, images, hidden), psnr(pasted, images),
+                  ssim(pasted, images), psnr(floor, images), ssim(floor, images), psnr(floor, images, hidden)]
         return torch.stack(values, dim=1).clamp(max=100)
 
-    with at_rest(model) as device:
-        means = deal_out(by_length(tokens, batch_size), compute, len(names), device, what).mean(dim=0)
-    return {**dict(zip(names, means.tolist())), "style": style, "ratio": ratio, "unit": unit, "pictures": len(tokens)}
+    with runtime.evaluating(model) as device:
+        means = share_out(by_length(tokens, batch_size), measure, len(names), device, what).mean(dim=0)
+    return {**dict(zip(names, means.tolist())), "style": r.mask_style, "ratio": r.mask_ratio, "unit": r.mask_unit}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Figures 5 to 8
+def rebuilt_sheet(images, hidden, rebuilt):
+    """One column per picture (B, 3, H, W): hidden pixels in grey, rebuilt, original. -> (3 H, B W, 3) uint8."""
+    lines = [images.masked_fill(hidden, 0.5), rebuilt, images]
+    sheet = torch.cat([torch.cat(list(line), dim=2) for line in lines], dim=1)  # (3, 3 H, B W)
+    return (sheet * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
-def retrieval_figure(catalogue, draw, scores, order, shown=4, answers=5):
+def samples(model, split, rows, style=None, ratio=None, seed=0):
+    """The `rebuilt_sheet` of some rows, hidden as the model's recipe says, or in another style or ratio."""
+    r = model.recipe
+    with runtime.evaluating(model) as device:
+        images = split.images(rows, device)
+        masked, hidden = hide(images, rows, style or r.mask_style, ratio or r.mask_ratio, r.mask_unit, seed)
+        return rebuilt_sheet(images, hidden, rebuild(model, masked, data.trim(split.tokens[rows]).to(device)))
+
+
+def draw_samples(model, split, path, seed=0, shown=8):
+    """A PNG of the first rows: hidden, rebuilt, original."""
+    sheet = samples(model, split, torch.arange(min(shown, len(split))), seed=seed)
+    with runtime.whole_file(path) as file:
+        Image.fromarray(sheet).save(file, "PNG")
+
+
+def captioning(model, split, batch_size=256, what=None):
+    """Caption each distinct picture -> BLEU-4, ROUGE-L, CIDEr-D against its first row's caption, and {row: text}."""
+    rows, width = first_rows(split.pictures.index).unique(), model.config.text_len
+
+    def caption(batch):
+        with runtime.autocast(device):
+            ids = model.caption(split.images(rows[batch], device))
+        return F.pad(ids, (0, width - ids.shape[1]), value=split.tokenizer.pad_id)
+
+    with runtime.evaluating(model) as device:
+        ids = share_out(torch.arange(len(rows)).split(batch_size), caption, width, device, what).long()
+    said = [up_to_sep(one, split.tokenizer) for one in ids.tolist()]
+    right = [split.rows[row]["caption"] for row in rows.tolist()]
+    results = {"bleu4": captions.bleu4(right, said), "rouge_l": captions.rouge_l(right, said),
+               "cider_d": captions.cider_d(right, said)}
+    return results, dict(zip(rows.tolist(), said))
+
+
+def up_to_sep(ids, tokenizer):
+    """The text of token ids up to the first [SEP]."""
+    return tokenizer.decode(ids[: ids.index(tokenizer.sep_id)] if tokenizer.sep_id in ids else ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validation, for train.py
+
+
+def validate(model, split, seed, progress=1.0, batch_size=128, limit=512, autocast=contextlib.nullcontext):
     """
-    Fig. 5: the first queries of a draw with their best answers by `order`, and ITM's scores of these. A tie with the truth is shown as it is
-    counted, against us.
+    The losses of the objectives that are active at this `progress`, over the first `limit` rows: {objective: mean}. The
+    plans and losses are those of training, with fixed draws, and the processes share the batches. Where the towers
+    train also their R@1, "tir_towers" and "itr_towers", on candidate lists; where recognition does, "cr_accuracy".
+    autocast: a function that returns the context of the losses.
     """
-    def item(row, way):
-        return catalogue.rows[row]["caption"] if way == "text" else catalogue.pictures[int(catalogue.picture_of[row])]
-
-    figure = []
-    for way, (asked, answered) in {"tir": ("text", "picture"), "itr": ("picture", "text")}.items():
-        key = order[way][:shown]
-        right = first_is_right(key)
-        for entry, columns, s, place in zip(draw[way], shortlist(key, right, answers).tolist(), scores[way], best_ranks(key, right).tolist()):
-            best = [{"item": item(entry["candidates"][c], answered), "score": s[c].sigmoid().item(), "match": c == 0} for c in columns]
-            figure.append({"way": DIRECTIONS[way], "query": item(entry["query"], asked), "rank": place, "answers": best})
-    return figure
-
-
-def recognition_figure(catalogue, labels, predicted, shown=8):
-    """Fig. 6: rows read right and rows with a class read wrong, evenly spread, and the confusion among the largest classes."""
-    rows = catalogue.rows
-    true = np.stack([true_classes(rows, field, labels[field]) for field in FIELDS.values()], axis=1)
-    right, known = (true == predicted).all(axis=1), (true >= 0).all(axis=1)
-
-    def example(i):
-        guess = [labels[field][predicted[i, column]] for column, field in enumerate(FIELDS.values())]
-        truth = [rows[i][field] for field in FIELDS.values()]
-        return {"picture": catalogue.pictures[int(catalogue.picture_of[i])], "caption": rows[i]["caption"], "truth": truth, "guess": guess}
-
-    def examples(which):
-        numbers = np.flatnonzero(which)
-        return [example(i) for i in numbers[:: -(-len(numbers) // shown) or 1]]
-
-    tables = {field: confusion(true[:, column], predicted[:, column], labels[field]) for column, field in enumerate(FIELDS.values())}
-    return {"right": examples(right), "wrong": examples(~right & known), "confusion": tables}
+    names, active = list(model.recipe.weights), model.active(progress)
+    rows = torch.arange(min(limit, len(split)))
+    batches = rows.tensor_split(-(-len(rows) // batch_size))
+    totals = torch.zeros(2, len(names), dtype=torch.float64)  # the sums, and how many items they count
+    with runtime.evaluating(model) as device:
+        for number in range(runtime.process_index(), len(batches), runtime.world()):
+            draw = functools.partial(data.generator, seed, "validation", number)
+            with autocast():
+                sums, counts = batch_losses(model, split, batches[number], draw, progress, device)
+            for name, total in sums.items():
+                totals[:, names.index(name)] += torch.tensor([float(total), counts[name]], dtype=torch.float64)
+    totals = runtime.sum_over_processes(totals.to(device)).cpu()
+    values = {name: (total / count).item() for name, total, count in zip(names, *totals) if count > 0}
+    if "itc" in active:
+        values.update(towers_recall(model, split, seed, batch_size, limit))
+    if "cr" in active:
+        with contextlib.suppress(UserError):  # a validation split without known classes has no accuracy
+            predicted = read_classes(model, split, modality_of(model), batch_size, limit=len(rows))
+            results = recognition(split.rows[: len(rows)], model.labels, predicted)
+            values["cr_accuracy"] = statistics.fmean(results[field]["accuracy"] for field in FIELDS)
+    return values
 
 
-def generation_figures(model, catalogue, style, ratio, unit, shown=6):
-    """Fig. 7 and Fig. 8: the original pictures, and (hidden, rebuilt) at several "ratios" and in the four "styles"."""
-    rows = torch.linspace(0, len(catalogue.rows) - 1, min(shown, len(catalogue.rows))).long()
-    numbers, tokens = catalogue.picture_of[rows], data.trim(catalogue.tokens[catalogue.caption_of[rows]])
-
-    def bytes_of(images):
-        return (images.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
-
-    def shown_with(style, ratio):
-        masked, hidden = hide(images, numbers, style, ratio, unit)
-        return bytes_of(images.masked_fill(hidden, 0.5)), bytes_of(rebuild(model, masked, tokens.to(device)))
-
-    with at_rest(model) as device:
-        images = floats(catalogue.pictures, numbers, device)
-        ratios = {f"{100 * r:g}% hidden": shown_with(style, r) for r in RATIOS}
-        styles = {name: shown_with(name, ratio) for name in mvlt.MASK_STYLES}
-    return {"original": bytes_of(images), "ratios": ratios, "styles": styles}
+def batch_losses(model, split, rows, draw, progress, device):
+    """{objective: summed loss} and {objective: items counted} of one batch, read whole."""
+    sums, counts, vectors = {}, {}, None
+    images = None if model.reads(progress) == "captions" else split.images(rows, device)
+    if "itc" in model.active(progress):
+        vectors = model.embed(images, data.trim(split.tokens[rows]).to(device))
+        counts["itc"] = len(rows)
+        sums["itc"] = len(rows) * model.contrast(vectors, split.same(rows).to(device))
+    plan, planned = model.plan(split, rows, draw, vectors, progress)
+    if plan:
+        if "other" in plan:
+            plan["other_images"] = split.images(rows[plan["other"].clamp(min=0)], device)
+        sums.update(model.losses(images, {name: value.to(device) for name, value in plan.items()}))
+    return sums, {**planned, **counts}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+def towers_recall(model, split, seed, batch_size, limit):
+    """R@1 of the towers on `limit` candidate lists drawn from the first 4 x limit rows; {} where there is no rival."""
+    drawn = candidates(split.rows[: 4 * limit], limit, 101, seed, shorter=True)
+    if not drawn or len(drawn[0]["candidates"]) < 2:
+        return {}
+    towers, values = read_towers(model, split, batch_size, limit=4 * limit), {}
+    for way in WAYS:
+        ranked, _, _ = rank_by_towers(towers, from_lists(way, drawn), 1)
+        values[f"{way}_towers"] = recalls(ranked)["R@1"]
+    return values
+
+
+def goodness(model, values):
+    """What best.pt is chosen by, of `validate`'s values: the towers' R@1, recognition's accuracy, or minus the loss."""
+    weights_of = model.recipe.weights
+    if "tir_towers" in values:
+        return values["tir_towers"] + values["itr_towers"]
+    if list(weights_of) == ["cr"] and "cr_accuracy" in values:
+        return values["cr_accuracy"]
+    return -sum(weight * values[name] for name, weight in weights_of.items() if name in values)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
+class Run(NamedTuple):
+    """A trained run, opened together with the split that it is measured on."""
+
+    name: str  # as the command line names it
+    home: Path  # its folder
+    model: torch.nn.Module
+    settings: dict
+    split: data.Split
+    tasks: list
+
+
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or one checkpoint file")
-    parser.add_argument("--data", metavar="DIR", help="the data (default: the run's own)")
-    parser.add_argument("--split", choices=("test", "val"), default="test")
-    parser.add_argument("--tasks", metavar="A,B", help=f"of {', '.join(TASKS)} (default: what the run was trained for; with --full-gallery, without the lists of retrieval)")
-    parser.add_argument("--queries", type=at_least(1), metavar="N", help="query products (default: 1000; with --full-gallery, all)")
-    parser.add_argument("--draws", type=at_least(1), default=5, metavar="N", help="draws of the candidate lists, of seeds seed, seed + 1, ...")
-    parser.add_argument("--candidates", metavar="FILE", help="lists to read: a candidates.json, or the authors' folder of pickles")
-    parser.add_argument("--full-gallery", action="store_true", help="rank the whole split by the towers, and the best again by towers and ITM together")
-    parser.add_argument("--best", type=at_least(1), default=20, metavar="N", help="how many of the towers' best are ranked again, by towers and ITM together")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=at_least(1), default=256, metavar="N")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be read, and say which")
-    parser.add_argument("--out", metavar="DIR", help="where to write (default: RUN)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag, count = parser.add_argument, runtime.at_least(1)
+    flag("runs", metavar="RUN", nargs="*", help="a run's folder, or one checkpoint file; several stand side by side")
+    flag("--draw-lists", metavar="DIR", help="only write the candidate lists of this data folder, to the file --out")
+    flag("--data", metavar="DIR", help="the data (default: the runs' own)")
+    flag("--split", choices=("test", "val"), default="test", help="the rows to measure on (default: test)")
+    flag("--tasks", metavar="A,B", help=f"of {', '.join(TASKS)} (default: what each run was trained for)")
+    flag("--queries", type=count, metavar="N", help="query products (default: 1000; full gallery: all)")
+    flag("--draws", type=count, default=5, metavar="N",
+         help="how often the lists are drawn, with seeds seed, seed + 1, ... (default: 5)")
+    flag("--candidates", metavar="FILE", help="lists to read: a candidates.json, or the authors' folder of pickles")
+    flag("--full-gallery", action="store_true", help="rank the whole split instead of candidate lists")
+    flag("--best", type=count, default=20, metavar="K",
+         help="how many of the towers' best are ordered again by towers and ITM together (default: 20)")
+    flag("--seed", type=int, default=0, help="the first draw's seed (default: 0)")
+    flag("--batch-size", type=count, default=256, metavar="N", help="pairs read at once (default: 256)")
+    flag("--skip-bad", action="store_true", help="leave out rows that cannot be read, and say which")
+    flag("--out", metavar="DIR", help="where to write (default: the first run's folder)")
+    runtime.add_device_flag(parser)
     args = parser.parse_args(arguments)
-    args.tasks = args.tasks and args.tasks.split(",")
-    for task in args.tasks or []:
-        if task not in TASKS:
-            parser.error(f"--tasks must name {', '.join(TASKS)}, got {task!r}")
+    args.tasks = args.tasks.split(",") if args.tasks else []
+    unknown = [task for task in args.tasks if task not in TASKS]
+    if unknown:
+        parser.error(f"--tasks must name {', '.join(TASKS)}, got {quoted(unknown[0])}")
+    if bool(args.runs) == bool(args.draw_lists):
+        parser.error("name one RUN or more, or --draw-lists DIR")
+    if len(set(args.runs)) < len(args.runs):
+        parser.error("RUN: the same run is named twice")
     return args
 
 
-def at_least(least):
-    """What argparse makes of a flag's text: a whole number, `least` or more."""
-
-    def number(text):
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
-        return value
-
-    return number
-
-
-def keep_freed_memory(largest=1 << 30):
-    """
-    Let glibc keep the tensors up to so many bytes that are freed, instead of giving them back and having every page of the next ones cleared
-    by the kernel: a fifth off a training step on a CPU, two fifths off reading. Elsewhere there is nothing to do.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        mallopt(-3, largest)  # M_MMAP_THRESHOLD: below this, memory comes from the heap
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: what may lie free at its end
+def choose_tasks(args, models):
+    """{run: its tasks}. Each run does what it was trained for; a task that none can do, and an idle run, are errors."""
+    named = args.tasks + ["full_gallery"] * args.full_gallery
+    usual = [task for task in TASKS if task != ("retrieval" if args.full_gallery else "full_gallery")]
+    asked, chosen = named if args.tasks else usual, {}
+    for name, model in models.items():
+        chosen[name] = []
+        for task in asked:
+            objectives, method = TASKS[task]
+            if hasattr(model, method) and not model.recipe.weights.keys().isdisjoint(objectives):
+                chosen[name].append(task)
+    trained = "; ".join(f"{name}: {','.join(model.recipe.weights)}" for name, model in models.items())
+    for task in named:
+        if not any(task in tasks for tasks in chosen.values()):
+            raise UserError(f"{task}: needs a run that was trained for {' or '.join(TASKS[task][0])} ({trained})")
+    for name, tasks in chosen.items():
+        if not tasks:
+            raise UserError(f"{name}: was trained for nothing that is to be measured here ({trained}); leave it out")
+    return chosen
 
 
-def join_processes(device):
-    """Under torchrun, meet the other processes. Returns this process's device."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise data.DataError(f"--device: cuda needs a GPU for each process, this machine has {torch.cuda.device_count()}")
-        torch.cuda.set_device(local)
-        device = f"cuda:{local}"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # train.py's demo has met them already
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while the first decodes the pictures
-    return torch.device(device)
+def choose_data(args, settings):
+    """The one folder that all runs are measured on."""
+    if args.data:
+        return args.data
+    folders = {Path(one["data"]).resolve(): one["data"] for one in settings if one.get("data")}
+    if len(folders) > 1:
+        raise UserError(f"--data: must name the folder, for the runs were trained on {' and '.join(folders.values())}")
+    if not folders:
+        raise UserError("--data: must name the folder, for no run says which data it was trained on")
+    folder, = folders.values()
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder, though a run was trained on it; name the data with --data")
+    return folder
 
 
-def outside_cause(error, remedy):
-    """What a RuntimeError of torch means to a person, "" where it can only be a mistake in this program."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"the GPU's memory is full; {remedy} may help"
-    if isinstance(error, dist.DistError) or "gloo" in str(error):
-        return "another process of this run has ended, so this one ends too; the other's own message says why"
-    return str(error) if "DataLoader worker" in str(error) else ""
+def open_runs(args, device):
+    """Every run with the split, whose rows must be the same for all -> ([Run, ...], the data folder)."""
+    opened = {path: weights.load_run(path, device) for path in args.runs}
+    tasks = choose_tasks(args, {path: model for path, (model, _, _) in opened.items()})
+    folder = choose_data(args, [settings for _, _, settings in opened.values()])
+    runs = []
+    for path, (model, tokenizer, settings) in opened.items():
+        c, fit = model.config, settings.get("fit", "stretch")
+        sizes = (c.image_size, c.text_len, fit)
+        split = data.open_split(folder, args.split, tokenizer, model.labels, *sizes, skip_bad=args.skip_bad)
+        home = Path(path) if os.path.isdir(path) else Path(path).parent
+        runs.append(Run(path, home, model, settings, split, tasks[path]))
+        check_fit(runs[-1], runs[0])
+    return runs, folder
 
 
-def first_then_others(work):
-    """The first process does it, the others after it, when what it leaves on the disk is there."""
-    result = work() if rank() == 0 else None
-    if world() > 1:
-        dist.barrier()
-    return work() if rank() > 0 else result
-
-
-def check_fit(catalogue, tokenizer):
-    """A run reads only captions written in its words."""
-    words = catalogue.tokens[~torch.isin(catalogue.tokens, torch.tensor([tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id]))]
-    unknown = (words == tokenizer.unk_id).double().mean().item()
+def check_fit(run, first):
+    """What would spoil the numbers, or end the command after hours of reading, is an error now."""
+    split, t = run.split, run.split.tokenizer
+    if split.rows != first.split.rows:
+        raise UserError(f"{run.name}: reads other rows of the data than {first.name}; measure it alone")
+    words = split.tokens[~torch.isin(split.tokens, torch.tensor([t.pad_id, t.cls_id, t.sep_id]))]
+    unknown = (words == t.unk_id).double().mean().item()
     if unknown > 0.5:
-        raise data.DataError(f"vocabulary: {100 * unknown:.0f}% of this split's words are unknown to the run, at most half may be")
+        raise UserError(f"{run.name}: {100 * unknown:.0f}% of this split's words are unknown, at most half may be")
+    if "recognition" in run.tasks:
+        for field in FIELDS:
+            true_classes(split.rows, field, run.model.labels[field])
 
 
 def draw_all(args, rows):
     """One {"tir": lists, "itr": lists} per draw, from --candidates or drawn."""
     if args.candidates:
-        return read_candidates(args.candidates, rows)
-    products = len({row["product_id"] for row in rows})
-    wanted = args.queries or 1000
-    if products < wanted and rank() == 0:
+        return lists.read_candidates(args.candidates, rows)
+    products, wanted = len({row["product_id"] for row in rows}), args.queries or 1000
+    if products < wanted and runtime.process_index() == 0:
         print(f"queries: {wanted} asked for, the split has {products} products; each is a query")
-    lists = [candidates(rows, wanted, 101, args.seed + draw) for draw in range(args.draws)]
-    return [{"tir": drawn, "itr": drawn} for drawn in lists]
+    drawn = [candidates(rows, wanted, 101, args.seed + draw) for draw in range(args.draws)]
+    return [{"tir": one, "itr": one} for one in drawn]
 
 
-def evaluate(args, model, tokenizer, run, catalogue):
-    """Every task asked for -> (results, figures)."""
-    objectives = run.get("objectives", "mir,itm,mlm,itc").split(",")  # what a checkpoint does not say is taken to be so
-    if args.full_gallery and "itc" not in objectives:
-        raise data.DataError(f"--full-gallery: needs the towers, this run's objectives are {','.join(objectives)}")
-    lists = not args.full_gallery
-    tasks = args.tasks or [task for task, needed in TASKS.items() if needed in objectives and (lists or task != "retrieval")]
-    if not (tasks or args.full_gallery):
-        raise data.DataError(f"--tasks: of {', '.join(TASKS)} this run was trained for none, its objectives are {','.join(objectives)}; --full-gallery asks its towers")
-    if "recognition" in tasks:
-        check_classes(model, catalogue.rows)  # before hours of reading
-    results, figures = {}, {}
-    if "retrieval" in tasks:
-        measure_retrieval(args, model, run, catalogue, results, figures)
-    if args.full_gallery:
-        best = args.best if "itm" in objectives else 0
-        results["full_gallery"] = full_gallery(model, catalogue, args.queries, best, args.seed, args.batch_size, "full gallery")
-    if "recognition" in tasks:
-        measure_recognition(args, model, tokenizer.encode(""), run.get("modality", "both"), catalogue, results, figures)
-    if "generation" in tasks:
-        mask = {"style": run.get("mask_style", "random"), "ratio": run.get("mask_ratio", 0.5), "unit": run.get("mask_unit", 16)}
-        results["generation"] = generation(model, catalogue, **mask, batch_size=args.batch_size, what="generation")
-        figures["generation"] = generation_figures(model, catalogue, **mask)
+def measure(args, run, draws):
+    """All of one run's tasks -> its results, and its figures as HTML."""
+    model, split, size, towers = run.model, run.split, args.batch_size, None
+    results, figures = {"about": about(run)}, []
+    if "itc" in model.recipe.weights and {"retrieval", "full_gallery"} & set(run.tasks):
+        towers = read_towers(model, split, size, f"{run.name}, towers")
+    for task in run.tasks:
+        what = f"{run.name}, {task.replace('_', ' ')}"
+        if task == "retrieval":
+            results[task], shown = retrieval(model, split, draws, towers, args.best, size, what)
+            figures += report.retrieval_figure(split, shown)
+        elif task == "recognition":
+            results[task], predicted = measure_recognition(model, split, size, what)
+            true = np.stack([true_classes(split.rows, field, model.labels[field]) for field in FIELDS], axis=1)
+            figures += report.recognition_figure(split, model.labels, true, predicted)
+        elif task == "generation":
+            results[task] = generation(model, split, size, what)
+            figures += generation_figures(model, split)
+        elif task == "captioning":
+            results[task], said = captioning(model, split, size, what)
+            figures += report.captioning_figure(split, said)
+        elif task == "pretext":
+            with runtime.evaluating(model):
+                results[task] = model.pretext(split, functools.partial(data.generator, args.seed, "pretext"))
+        else:
+            results[task] = full_gallery(model, split, towers, args.queries, args.best, args.seed, size, what)
     return results, figures
 
 
-def check_classes(model, rows):
-    if not (model.labels and model.config.n_category and model.config.n_subcategory):
-        raise data.DataError("recognition: this run has no class heads; train them with train.py --task recognise --from RUN")
-    for field in FIELDS.values():
-        true_classes(rows, field, model.labels[field])
+def measure_recognition(model, split, batch_size, what):
+    """As the run was trained to read; when that is both, also from the picture alone -> {reads: results}, classes."""
+    modality, results, predicted = modality_of(model), {}, {}
+    for way in (modality, "image") if modality == "both" else (modality,):
+        predicted[way] = read_classes(model, split, way, batch_size, f"{what} from {READS[way]}")
+        results[READS[way]] = recognition(split.rows, model.labels, predicted[way])
+    return results, predicted[modality]
 
 
-def measure_retrieval(args, model, run, catalogue, results, figures):
-    towers = "itc" in run.get("objectives", "itc").split(",")  # without the contrast the towers are untrained
-    draws = draw_all(args, catalogue.rows)
-    results["retrieval"], scores, order = retrieval(model, catalogue, draws, args.batch_size, args.best, towers, what="retrieval")
-    results["candidates"] = {way: {**counts(catalogue.rows, [draw[way] for draw in draws]), "best": args.best} for way in DIRECTIONS}
-    first = lambda draws: {way: s[0] for way, s in draws.items()}
-    figures["draws"], figures["retrieval"] = draws, retrieval_figure(catalogue, draws[0], first(scores), first(order))
+def generation_figures(model, split, shown=6):
+    """Fig. 7: several ratios. Fig. 8: the four styles."""
+    rows = torch.linspace(0, len(split) - 1, min(shown, len(split))).long()
+    ratios = {f"{100 * ratio:g}% hidden": samples(model, split, rows, ratio=ratio) for ratio in RATIOS}
+    styles = {style: samples(model, split, rows, style=style) for style in mvlt.MASK_STYLES}
+    figure = report.sheets_figure("Hidden and rebuilt (Fig. 7)", ratios)
+    return figure + report.sheets_figure("Four ways to hide (Fig. 8)", styles)
 
 
-def measure_recognition(args, model, empty, modality, catalogue, results, figures):
-    """As the run was trained to read, and when that is both, also from the picture alone."""
-    names = {"both": "picture and caption", "image": "the picture alone", "text": "the caption alone"}
-    read = {way: read_classes(model, catalogue, empty, way, args.batch_size, f"recognition, {names[way]}").numpy()
-            for way in ((modality, "image") if modality == "both" else (modality,))}
-    scored = {names[way]: recognition(catalogue.rows, model.labels, predicted) for way, predicted in read.items()}
-    results["recognition"] = {**scored.pop(names[modality]), "reads": names[modality], "also": scored}
-    figures["recognition"] = recognition_figure(catalogue, model.labels, read[modality])
+def about(run):
+    """What the run is, for results.json and the report."""
+    c, s = run.model.config, run.settings
+    return {"model": run.model.kind, "checkpoint": s["checkpoint"], "step": s["step"], "preset": s.get("preset"),
+            "objectives": ",".join(run.model.recipe.weights), "trained_on": Path(str(s.get("data"))).name,
+            "parameters": sum(p.numel() for p in run.model.parameters()), "image_size": c.image_size,
+            "text_len": c.text_len, "vocab_size": c.vocab_size}
 
 
-def about(args, model, run, catalogue, folder):
-    """What was measured on what, for results.json and the report's first paragraph."""
-    c, rows = model.config, catalogue.rows
-    trained = {"run": str(args.run), "checkpoint": run["checkpoint"], "step": run["step"], "task": run.get("task"), "preset": run.get("preset"),
-               "trained_on": Path(str(run.get("data"))).name, "parameters": sum(p.numel() for p in model.parameters()),
-               "image_size": c.image_size, "text_len": c.text_len, "vocab_size": c.vocab_size}
-    measured = {"data": Path(folder).resolve().name, "split": args.split, "seed": args.seed, "rows": len(rows),
-                "products": len({row["product_id"] for row in rows}), "pictures": len(catalogue.pictures), "captions": len(catalogue.tokens)}
-    return {**trained, **measured}
+def measured_on(args, split, folder):
+    """What the runs were measured on, for results.json and the report; "paper": the paper's data set, if it is one."""
+    folder, paper = Path(folder), None
+    if any(folder.glob("fashiongen*.h5")) or (folder / "full_valid_info_PAI").exists():
+        paper = "Fashion-Gen"
+    elif (folder / "dataset_coco.json").exists():
+        paper = "COCO"
+    return {"data": folder.resolve().name, "paper": paper, "split": args.split, "rows": len(split),
+            "products": len(split.products.unique()), "pictures": len(first_rows(split.pictures.index).unique()),
+            "captions": len(split.captions.unique()), "seed": args.seed, "best": args.best}
 
 
-def plain(value):
+def without_nan(value):
     """For JSON, which has no NaN and no infinity: None in their place."""
     if isinstance(value, dict):
-        return {key: plain(v) for key, v in value.items()}
+        return {key: without_nan(one) for key, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def main(args):
-    keep_freed_memory()
-    device = join_processes(args.device)
-    model, tokenizer, run = load_run(args.run, device)
-    folder = args.data or run.get("data")
-    if not folder:
-        raise data.DataError("--data: this run does not say which data it was trained on")
-    opened = first_then_others(lambda: data.load(folder, args.split, model.config.image_size, run.get("fit", "stretch"), args.skip_bad))
-    catalogue = Catalogue.of(*opened, tokenizer, model.config)
-    check_fit(catalogue, tokenizer)
-    home = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    out = Path(args.out or home)
+def draw_lists(args):
+    """Write one draw of candidate lists."""
+    rows = readers.read(args.draw_lists, args.split, args.skip_bad)
+    drawn = candidates(rows, args.queries or 1000, 101, args.seed)
+    out = args.out or f"candidates-{args.seed}.json"
+    lists.save_candidates(out, [{"tir": drawn, "itr": drawn}], rows)
+    print(f"{len(drawn)} lists of {len(drawn[0]['candidates'])} candidates: {out}")
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    if args.draw_lists:
+        return draw_lists(args)
+    runtime.keep_freed_memory()
+    runs, folder = open_runs(args, runtime.join_processes(args.device))
+    split, draws = runs[0].split, None
+    results, figures = {"measured": measured_on(args, split, folder), "runs": {}}, {}
+    if any("retrieval" in run.tasks for run in runs):
+        draws = draw_all(args, split.rows)
+        results["lists"] = lists.describe(split.rows, draws)
+    for run in runs:
+        results["runs"][run.name], figures[run.name] = measure(args, run, draws)
+    if runtime.process_index() > 0:
+        return
+    tables = report.tables(results)
+    print("\n".join(report.as_text(table) for table in tables))
+    out = Path(args.out or runs[0].home)
     out.mkdir(parents=True, exist_ok=True)
-    results, figures = evaluate(args, model, tokenizer, run, catalogue)
-    if rank() == 0:
-        results = {**results, "about": about(args, model, run, catalogue, folder)}
-        found = report.tables(results)
-        print("\n".join(map(report.as_text, found)))
-        if "draws" in figures and not args.candidates:
-            save_candidates(out / "candidates.json", figures["draws"], catalogue.rows)
-        with data.whole_file(out / "results.json") as file:
-            file.write(json.dumps(plain(results), indent=1, allow_nan=False).encode())
-        with data.whole_file(out / "report.html") as file:
-            file.write(report.page(results["about"], found, figures, report.read_log(home / "log.jsonl")).encode())
-        print(f"\n{out / 'results.json'}\n{out / 'report.html'}")
+    if draws and not args.candidates:
+        lists.save_candidates(out / "candidates.json", draws, split.rows)
+    with runtime.whole_file(out / "results.json") as file:
+        file.write(json.dumps(without_nan(results), indent=1, allow_nan=False).encode())
+    logs = {run.name: report.read_log(run.home / "log.jsonl") for run in runs}
+    with runtime.whole_file(out / "report.html") as file:
+        file.write(report.page(results, tables, figures, logs).encode(errors="backslashreplace"))
+    print(f"\n{out / 'results.json'}\n{out / 'report.html'}")
 
 
 if __name__ == "__main__":
-    arguments = parse()
-    try:
-        main(arguments)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except (data.DataError, ValueError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("eval.py: interrupted")
-    except RuntimeError as error:
-        if not (cause := outside_cause(error, f"a --batch-size below {arguments.batch_size}")):
-            raise
-        sys.exit(f"eval.py: {cause}")
+    runtime.run(main)

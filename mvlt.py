@@ -1,30 +1,31 @@
 """
 MVLT, the Masked Vision-Language Transformer in Fashion (Ji et al., Machine Intelligence Research, 2023), in one file.
 
-Read it beside the paper: Table 1 is `Config`, Eq. 1 and 2 are `Stage`, Eq. 3 and 4 (Fig. 4) are `draw_units` and `hide`, Eq. 5 to 8 are the losses.
+Read it beside the paper: Table 1 is `Config`, Eq. 1 and 2 are `Stage`, Eq. 3 and 4 (Fig. 4) are `draw_units` and
+`hide`, Eq. 5 to 8 are the losses, and Sec. 3.2 (what one training step does) is `MVLT.plan` and `MVLT.losses`.
 
-       picture (B, 3, H, W)                                   caption (B, L) word ids
-              |  hide units of (alpha P)^2 pixels                    |  hide 15% of the words
-              v                                                      v  WordInput: (B, L, 768)
-    stage 1   n  (B, HW/4^2,  D1)   --- z = <m; n>, M1 blocks ---    m  (B, L, D1)    ->  V1, T1
-    stage 2   n  (B, HW/8^2,  D2)   --- z = <m; n>, M2 blocks ---    m  (B, L, D2)    ->  V2, T2
-    stage 3   n  (B, HW/16^2, D3)   --- z = <m; n>, M3 blocks ---    m  (B, L, D3)    ->  V3, T3
-    stage 4   n  (B, HW/32^2, D4)   --- z = <m; n>, M4 blocks ---    m  (B, L, D4)    ->  V4, T4
-              |                                                      |
-    V1..V4 -> U-Net decoder -> MIR: the whole picture (Eq. 5)        |-- T4 at [CLS]       -> ITM: do they match? (Eq. 6); M-CR, S-CR: categories
-    V4 -> picture tower --- ITC (not in the paper) ---               |-- T4 where hidden   -> MLM: which word was it? (Eq. 7)
-                                                                     '-- mean of T4        -> caption tower
+   picture (B, 3, H, W)                                   caption (B, L) word ids
+          |  hide units of (alpha P)^2 pixels                    |  hide 15% of the words
+          v                                                      v  WordInput: (B, L, 768)
+stage 1   n  (B, HW/4^2,  D1)   --- z = <m; n>, M1 blocks ---    m  (B, L, D1)    ->  V1, T1
+stage 2   n  (B, HW/8^2,  D2)   --- z = <m; n>, M2 blocks ---    m  (B, L, D2)    ->  V2, T2
+stage 3   n  (B, HW/16^2, D3)   --- z = <m; n>, M3 blocks ---    m  (B, L, D3)    ->  V3, T3
+stage 4   n  (B, HW/32^2, D4)   --- z = <m; n>, M4 blocks ---    m  (B, L, D4)    ->  V4, T4
+          |                                                      |
+V1..V4 -> U-Net decoder -> MIR: the picture (Eq. 5)              |-- T4 at [CLS]      -> ITM: do they match? (Eq. 6)
+V4 -> picture tower --- ITC (not in the paper) ---               |                       M-CR, S-CR: categories
+                                                                 |-- T4 where hidden  -> MLM: which word? (Eq. 7)
+                                                                 '-- mean of T4       -> caption tower
 
-Letters: B batch, L words, H and W the picture's sides, P patch side, N = HW/P^2 patches, k the stage 1..4, D_k its width, M_k its depth,
-R PVT's reduction of keys and values (Table 1's R_k, 4 to 32, is another: the picture's side over the map's), alpha P the side of a masking
-unit, Q the number of units, r_v and r_l the ratios hidden. The code counts stages from 0.
-Departures from the paper and from the authors' code are said on the line where they happen; the README lists them.
+Letters: B pairs of a slice, G pairs of the global batch, L words, H and W the picture's sides, P patch side,
+N = HW/P^2 patches, k the stage 1..4, D_k its width, M_k its depth, R PVT's spatial reduction of keys and values
+(Table 1's R_k, 4 to 32, is another number: the picture's side over the map's), alpha P the side of a masking unit,
+Q the number of units, r_v and r_l the shares of pixels and words that are hidden. The code counts stages from 0.
+Departures from the paper and from the authors' code are said on the line where they happen; PAPER.md lists them.
 """
-import argparse
+
 import math
-import os
-import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -32,65 +33,99 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+from extras import foreign
+
+
+def require(condition, setting, rule, value):
+    """Raise a ValueError that names the setting, the rule and the value unless the condition holds."""
+    if not condition:
+        text = repr(value)
+        raise ValueError(f"{setting} {rule}, got {text if len(text) <= 80 else text[:77] + '...'}")
+
+
+def setting(default, help):
+    """A field of a Config or a Recipe. `help` is the sentence that `train.py --help` prints beside its flag."""
+    return field(default=default, metadata={"help": help})
+
+
+def require_range(settings, names, low, high, high_included=True):
+    """Each of the named float fields must lie in [low, high], or in [low, high)."""
+    for name in names:
+        value = getattr(settings, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        good = number and low <= value and (value <= high if high_included else value < high)
+        require(good, name, f"must lie in [{low:g}, {high:g}{']' if high_included else ')'}", value)
+
+
+def require_whole(settings, least):
+    """Each named field must be a whole number, `least[name]` or more."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        require(type(value) is int and value >= bound, name, f"must be a whole number, {bound} or more", value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Table 1
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides the model's shape. The defaults are the paper's ("tiny"): Table 1, and PVT-Tiny where Table 1 is silent."""
+    """The shape of the network. The defaults are the paper's ("tiny"): Table 1, and PVT-Tiny where it is silent."""
 
-    image_size: int = 256
-    patch_size: int = 4  # P; stage 1 divides the picture by P, each later stage by 2
-    text_len: int = 128  # the longest caption; [CLS] and [SEP] included, so 2 or more
-    vocab_size: int = 30522
-    token_dim: int = 768  # width of the word input and of the text heads
-    dims: tuple = (64, 128, 320, 512)  # D_k
-    depths: tuple = (2, 2, 2, 2)  # M_k
-    heads: tuple = (1, 2, 5, 8)
-    mlp_ratios: tuple = (8, 8, 4, 4)
-    sr_ratios: tuple = (8, 4, 2, 1)  # R, PVT's: keys and values see R x R patches as one
-    drop_path: float = 0.1  # of the last block; the first has 0, those between a share in proportion
-    dropout: float = 0.1  # of the word input
-    attend_padding: bool = False  # True: as the authors' code does, see `load_official`
-    n_category: int = 0  # M-CR, the main categories (0: no such head)
-    n_subcategory: int = 0  # S-CR
-    embed_dim: int = 256  # the space in which the two towers meet
+    image_size: int = setting(256, "Side of the (square) picture in pixels.")
+    patch_size: int = setting(4, "P: stage 1 divides the picture by P, each later stage by 2.")
+    text_len: int = setting(128, "Longest caption in word pieces, [CLS] and [SEP] included.")
+    vocab_size: int = setting(30522, "Number of word pieces.")
+    token_dim: int = setting(768, "Width of the word input and of the text heads.")
+    dims: tuple = setting((64, 128, 320, 512), "D_k, the width of each stage.")
+    depths: tuple = setting((2, 2, 2, 2), "M_k, the number of blocks of each stage.")
+    heads: tuple = setting((1, 2, 5, 8), "Attention heads of each stage.")
+    mlp_ratios: tuple = setting((8, 8, 4, 4), "Width of the MLP's hidden layer over D_k.")
+    sr_ratios: tuple = setting((8, 4, 2, 1), "R, PVT's spatial reduction: R x R patches become one key.")
+    drop_path: float = setting(0.1, "Stochastic depth: rises linearly from 0 in the first block to this rate.")
+    dropout: float = setting(0.1, "Dropout of the word input.")
+    attend_padding: bool = setting(False, "Attend to padding, as the authors' code does.")
+    n_category: int = setting(0, "Number of main categories (M-CR); 0 leaves the head out.")
+    n_subcategory: int = setting(0, "Number of sub-categories (S-CR); 0 leaves the head out.")
+    embed_dim: int = setting(256, "Width of the space in which the two towers meet.")
 
     def __post_init__(self):
         for name in ("dims", "depths", "heads", "mlp_ratios", "sr_ratios"):
             value = getattr(self, name)
-            if isinstance(value, list):  # from JSON
-                object.__setattr__(self, name, value := tuple(value))
+            if isinstance(value, list):  # from a file
+                value = tuple(value)
+                object.__setattr__(self, name, value)
             good = isinstance(value, tuple) and len(value) == 4 and all(type(v) is int and v > 0 for v in value)
             require(good, name, "must be four positive whole numbers", value)
-        least = dict(image_size=1, patch_size=1, vocab_size=1, token_dim=1, embed_dim=1, text_len=2, n_category=0, n_subcategory=0)
-        for name, bound in least.items():
-            value = getattr(self, name)
-            require(type(value) is int and value >= bound, name, f"must be a whole number, {bound} or more", value)
-        for name in ("drop_path", "dropout"):
-            value = getattr(self, name)
-            require(isinstance(value, (int, float)) and 0 <= value < 1, name, "must lie in [0, 1)", value)
+        require(max(self.depths) <= 1000, "depths", "must not exceed 1000 blocks a stage", self.depths)
+        require_whole(self, dict(image_size=1, patch_size=1, vocab_size=1, token_dim=1, embed_dim=1, text_len=2))
+        require_whole(self, dict(n_category=0, n_subcategory=0))
+        require_range(self, ("drop_path", "dropout"), 0, 1, high_included=False)
         require(type(self.attend_padding) is bool, "attend_padding", "must be True or False", self.attend_padding)
-        coarsest = 8 * self.patch_size  # what one position of V4 covers
-        require(self.image_size % coarsest == 0, "image_size", f"must be a multiple of 8 patch_size = {coarsest}", self.image_size)
+        coarsest = 8 * self.patch_size  # the pixels that one position of V4 covers, along a side
+        rule = f"must be a multiple of 8 patch_size = {coarsest}"
+        require(self.image_size % coarsest == 0, "image_size", rule, self.image_size)
         for k, (dim, heads, reduction) in enumerate(zip(self.dims, self.heads, self.sr_ratios)):
             require(dim % heads == 0, f"dims[{k}]", f"must be a multiple of heads[{k}] = {heads}", dim)
-            require(self.side(k) % reduction == 0, f"sr_ratios[{k}]", f"must divide the side {self.side(k)} of that stage's map", reduction)
+            rule = f"must divide the side {self.side(k)} of that stage's map"
+            require(self.side(k) % reduction == 0, f"sr_ratios[{k}]", rule, reduction)
 
     def side(self, k):
         """The side of the map of stage k + 1, in patches."""
         return self.image_size // (self.patch_size << k)
 
     @classmethod
-    def preset(cls, name, **changes):
-        require(name in PRESETS, "preset", f"must be one of {', '.join(PRESETS)}", name)
-        return cls(**PRESETS[name] | changes)
+    def preset(cls, size, **changes):
+        """The configuration of a named size, with changes."""
+        require(size in PRESETS, "size", f"must be one of {', '.join(PRESETS)}", size)
+        return cls(**PRESETS[size] | changes)
 
 
 PRESETS = {
-    "nano": dict(dims=(32, 64, 160, 256), sr_ratios=(4, 2, 1, 1), token_dim=256, image_size=64, text_len=48),  # ours, for a
-    # laptop: PVT's reductions halved, which at 64 px leaves sixteen patches as keys in stages 1 to 3, and not four, among up to 48 words
+    # nano is ours, for a laptop: PVT's reductions halved, which at 64 px leaves 16 patches as keys in stages 1 to 3
+    "nano": dict(
+        dims=(32, 64, 160, 256), sr_ratios=(4, 2, 1, 1), token_dim=256, image_size=64, text_len=48
+    ),
     "tiny": dict(),
     "small": dict(depths=(3, 4, 6, 3)),
     "medium": dict(depths=(3, 4, 18, 3)),
@@ -98,12 +133,94 @@ PRESETS = {
 }
 
 
-def require(condition, setting, rule, value):
-    if not condition:
-        raise ValueError(f"{setting} {rule}, got {value!r}")
+# ---------------------------------------------------------------------------------------------------------------------
+# Sec. 3.2 and 4.1, how it is trained
+
+OBJECTIVES = {"mir": 10, "itm": 1, "mlm": 1, "itc": 1, "cr": 1}  # with the weights of Eq. 8; itc and cr are ours
+MASK_STYLES = ("random", "grid", "stroke", "center")
+MODALITIES = ("both", "image", "text")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+def parse_objectives(text, defaults):
+    """"mir,itm:3" -> {"mir": its default weight, "itm": 3.0}, in the order of the text."""
+    weights = {}
+    for part in str(text).split(","):
+        name, _, number = part.strip().partition(":")
+        known = name in defaults and name not in weights
+        require(known, "objectives", f"must name some of {','.join(defaults)}, each once", text)
+        try:
+            weights[name] = float(number) if number else float(defaults[name])
+        except ValueError:
+            weights[name] = math.nan
+        require(0 <= weights[name] < math.inf, "objectives", f"must give {name} a weight of 0 or more", text)
+    return weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Objectives, masking and curriculum. The defaults are the demo's."""
+
+    objectives: str = setting(
+        "mir,itm:3,mlm,itc,cr", "Objectives, each with its weight in the loss where it is not the paper's, as itm:3."
+    )
+    mask_style: str = setting("random", "Where pixels are hidden: random, grid, stroke or center (Fig. 8).")
+    mask_ratio: float = setting(0.5, "r_v, the hidden share of a masked picture.")
+    mask_unit: int = setting(16, "alpha P, the side of a masking unit in pixels.")
+    mask_pictures: float = setting(0.3, "Probability of masking a picture.")
+    mask_words: float = setting(0.15, "r_l, the share of the words that are hidden.")
+    unmasked_itm: bool = setting(True, "Matching reads only pairs with nothing hidden; no: masked pairs, as the paper.")
+    itm_from: float = setting(0.1, "Train the towers alone (itc) until this share of the steps.")
+    hard_from: float = setting(1.0, "From this share of the steps on, draw wrong captions from the same sub-category.")
+    group_window: int = setting(
+        1,
+        "After hard_from: sort each window of this many batches by sub-category, so that in-batch negatives are hard "
+        "(1 = off).",
+    )
+    drop_caption: float = setting(
+        0.2, "Probability of dropping an unmasked, matched pair's caption, so that recognition also learns from photos."
+    )
+    modality: str = setting("both", "What recognition reads: both, image or text.")
+
+    def __post_init__(self):
+        chosen = set(self.weights)
+        for name, choices in (("mask_style", MASK_STYLES), ("modality", MODALITIES)):
+            value = getattr(self, name)
+            require(value in choices, name, f"must be one of {', '.join(choices)}", value)
+        require(type(self.unmasked_itm) is bool, "unmasked_itm", "must be True or False", self.unmasked_itm)
+        require_whole(self, dict(mask_unit=1, group_window=1))
+        require_range(self, ("mask_ratio", "mask_pictures", "mask_words", "hard_from", "drop_caption"), 0, 1)
+        require_range(self, ("itm_from",), 0, 1, high_included=False)
+        rule = "must be both, unless cr is the only objective"
+        require(self.modality == "both" or chosen == {"cr"}, "modality", rule, self.modality)
+        read_masked = {"mir", "mlm"} if self.unmasked_itm else {"mir"}
+        read_whole = {"itm", "cr"} if self.unmasked_itm else {"cr"}
+        rule = "must be above 0, so that {} has pairs to read"
+        starved = " and ".join(sorted(read_masked & chosen))
+        require(self.mask_pictures > 0 or not starved, "mask_pictures", rule.format(starved), self.mask_pictures)
+        rule = "must be below 1, so that {} has pairs to read"
+        starved = " and ".join(sorted(read_whole & chosen))
+        require(self.mask_pictures < 1 or not starved, "mask_pictures", rule.format(starved), self.mask_pictures)
+
+    @property
+    def weights(self):
+        """{objective: its weight in Eq. 8}."""
+        return parse_objectives(self.objectives, OBJECTIVES)
+
+
+PAPER = dict(  # Sec. 4.1; epochs, warm-up and final learning rate from the authors' code
+    size="tiny", vocab_size=30522, objectives="mir,itm,mlm", mask_pictures=0.5, unmasked_itm=False, itm_from=0.0,
+    drop_caption=0.0, epochs=150.0, batch_size=1200, lr=2.5e-3, final_lr=1e-5, warmup=5 / 150, mirror=0.0, shift=0,
+    zoom=0.0, workers=4, save_every=1000,
+)
+PLUS = PAPER | dict(  # not in the paper: towers first, hard negatives late, augmentation
+    objectives="mir,itm,mlm,itc", mask_pictures=0.25, unmasked_itm=True, itm_from=0.4, hard_from=0.6, group_window=8,
+    drop_caption=0.2, mirror=0.5, shift=3, zoom=0.2, lr=1e-3,
+)
+RECOGNISE = dict(objectives="cr", mask_pictures=0.0, lr=5e-4)  # Sec. 3.3: fine-tune the whole encoder for M-CR and S-CR
+RECIPES = {"demo": {}, "paper": PAPER, "plus": PLUS, "recognise": RECOGNISE}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Sec. 3.1, the multi-modal encoder
 
 
@@ -124,17 +241,18 @@ class WordInput(nn.Module):
 
 
 def attend(q, k, v, seen):
-    """softmax(q k^T / sqrt(d)) v over the keys that `seen` lets through."""
+    """softmax(q k^T / sqrt(d)) v over the keys that `seen` allows."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # written out: the keys are few, and on a CPU a bf16 training step is up to 7 times as fast so
+    # Explicit on the CPU: there are few keys, and a bf16 training step is up to 7 times as fast as with the fused call.
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
     if seen is not None:
         scores = scores.masked_fill(~seen, float("-inf"))
     return scores.softmax(dim=-1) @ v
 
 
 class Attention(nn.Module):
-    """Multi-head attention with spatial reduction: every token asks; all words and the R x R reduced patches answer."""
+    """Multi-head attention with spatial reduction: all tokens ask; the keys are the words and the reduced patches."""
 
     def __init__(self, dim, heads, reduction):
         super().__init__()
@@ -151,20 +269,23 @@ class Attention(nn.Module):
         return self.norm(self.sr(grid).flatten(2).transpose(1, 2))
 
     def forward(self, z, words, side, seen):
-        """z (B, words + side^2, D); seen (B, 1, 1, keys) bool, True lets a key be seen, or None when all are."""
+        """z (B, words + side^2, D); seen (B, 1, 1, keys) bool, True = may be attended to, or None when all may."""
         keys = z
         if self.sr is not None and side:
             keys = torch.cat([z[:, :words], self.reduce(z[:, words:], side)], dim=1)  # (B, L + N/R^2, D)
         q = self.q(z).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, L + N, D/heads)
-        k, v = self.kv(keys).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # two of (B, heads, L + N/R^2, D/heads)
+        k, v = self.kv(keys).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L + N/R^2, D/heads)
         out = attend(q, k, v, seen)
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, L + N, D)
 
 
 class MLP(nn.Module):
-    """Linear, GELU, Linear. The hidden layer, 4 or 8 times as wide, is not kept for the backward pass but computed again, which saves two fifths of a step's memory."""
+    """
+    Linear, GELU, Linear. The hidden layer, 4 or 8 times as wide, is recomputed in the backward pass instead of kept,
+    which saves two fifths of a step's memory.
+    """
 
-    AT_ONCE = 1 << 22  # numbers of the hidden layer, on a CPU: what stays in its cache takes up to a tenth less time, and less memory
+    AT_ONCE = 1 << 22  # numbers of the hidden layer computed at once on a CPU, so that they stay in its cache
 
     def __init__(self, dim, hidden):
         super().__init__()
@@ -172,13 +293,18 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, z):
-        both = lambda z: self.fc2(F.gelu(self.fc1(z)))
-        few = len(z) if z.is_cuda else max(1, self.AT_ONCE // (z.shape[1] * self.fc1.out_features))  # samples at once
-        return torch.cat([checkpoint(both, some, use_reentrant=False, preserve_rng_state=False) for some in z.split(few)])
+        samples = len(z) if z.is_cuda else max(1, self.AT_ONCE // (z.shape[1] * self.fc1.out_features))
+        pieces = []
+        for piece in z.split(samples):
+            pieces.append(checkpoint(self.apply_layers, piece, use_reentrant=False, preserve_rng_state=False))
+        return torch.cat(pieces)
+
+    def apply_layers(self, z):
+        return self.fc2(F.gelu(self.fc1(z)))
 
 
 class DropPath(nn.Module):
-    """Skip a residual branch for whole samples, and scale up the rest, so that the expectation stays."""
+    """Stochastic depth: drop a residual branch for whole samples and scale up the rest to keep the expectation."""
 
     def __init__(self, rate):
         super().__init__()
@@ -208,7 +334,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """One level of the pyramid: bring picture and caption to width D_k, let them attend to each other, part again."""
+    """One level of the pyramid: bring picture and caption to width D_k, let them attend to each other, split again."""
 
     def __init__(self, c, k, drop_path):
         super().__init__()
@@ -221,43 +347,49 @@ class Stage(nn.Module):
         self.norm_text = nn.LayerNorm(wide)
         self.position_text = nn.Parameter(torch.zeros(c.text_len, wide))  # P_t
         self.reduction = c.sr_ratios[k]
-        self.blocks = nn.ModuleList(Block(wide, c.heads[k], c.mlp_ratios[k], c.sr_ratios[k], rate) for rate in drop_path)
+        blocks = [Block(wide, c.heads[k], c.mlp_ratios[k], c.sr_ratios[k], rate) for rate in drop_path]
+        self.blocks = nn.ModuleList(blocks)
 
     def forward(self, image, text, seen, recompute=False):
-        """image (B, D_{k-1}, H, W) and text (B, L, D_{k-1}) at the previous width, either None; seen (B, L) bool or None."""
+        """image (B, D_{k-1}, H, W) and text (B, L, D_{k-1}), either may be None; seen (B, L) bool or None."""
         z, words, side = [], 0, 0
         if text is not None:
             words = text.shape[1]
-            z.append(self.norm_text(self.embed_text(text)) + self.position_text[:words])  # Eq. 1 (its LayerNorm is in the authors' code only)
+            m = self.norm_text(self.embed_text(text)) + self.position_text[:words]  # Eq. 1; LayerNorm: authors' code
+            z.append(m)
         if image is not None:
-            n = self.embed_image(image)  # (B, D_k, side, side)
-            side = n.shape[2]
-            z.append(self.norm_image(n.flatten(2).transpose(1, 2)) + self.position_image)  # Eq. 2, likewise
+            patches = self.embed_image(image)  # (B, D_k, side, side)
+            side = patches.shape[2]
+            n = self.norm_image(patches.flatten(2).transpose(1, 2)) + self.position_image  # Eq. 2, likewise
+            z.append(n)
         z = torch.cat(z, dim=1)  # z = <m; n> (B, L + N, D_k)
         if seen is not None:
-            seen = F.pad(seen, (0, (side // self.reduction) ** 2), value=True)[:, None, None]  # patches are always seen
+            seen = F.pad(seen, (0, (side // self.reduction) ** 2), value=True)[:, None, None]
 
         for block in self.blocks:
-            z = checkpoint(block, z, words, side, seen, use_reentrant=False) if recompute else block(z, words, side, seen)
+            if recompute:
+                z = checkpoint(block, z, words, side, seen, use_reentrant=False)
+            else:
+                z = block(z, words, side, seen)
 
         text = z[:, :words] if words else None
-        image = z[:, words:].transpose(1, 2).unflatten(2, (side, side)) if side else None  # a map again, for the next stage and the decoder
+        image = z[:, words:].transpose(1, 2).unflatten(2, (side, side)) if side else None  # (B, D_k, side, side)
         return image, text
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Sec. 3.2 and 3.3, the heads
 
 
 class Up(nn.Module):
-    """One level of the U-Net's way up: double the map, join the skip, convolve twice."""
+    """One level of the U-Net's way up: double the map, concatenate the skip connection, convolve twice."""
 
     def __init__(self, below, skip):
         super().__init__()
         self.grow = nn.ConvTranspose2d(below, skip, 2, stride=2)
         self.join = nn.Conv2d(2 * skip, skip, 3, padding=1)
         self.refine = nn.Conv2d(skip, skip, 3, padding=1)
-        groups = math.gcd(8, skip)  # GroupNorm: a picture's result must not depend on its neighbours in the batch
+        groups = math.gcd(8, skip)  # GroupNorm: a picture does not depend on its batch
         self.norm1, self.norm2 = nn.GroupNorm(groups, skip), nn.GroupNorm(groups, skip)
 
     def forward(self, x, skip):
@@ -267,12 +399,12 @@ class Up(nn.Module):
 
 
 class Decoder(nn.Module):
-    """F_MIR, a four-level U-Net decoder: it sees the pixels through V1..V4 alone."""
+    """F_MIR, a four-level U-Net decoder from V1..V4 to pixels."""
 
     def __init__(self, c):
         super().__init__()
         self.up = nn.ModuleList(Up(c.dims[k + 1], c.dims[k]) for k in (2, 1, 0))  # 1/32 -> 1/16 -> 1/8 -> 1/4
-        self.pixels = nn.Conv2d(c.dims[0], 3 * c.patch_size**2, 3, padding=1)  # each 1/4 position paints its own P x P pixels
+        self.pixels = nn.Conv2d(c.dims[0], 3 * c.patch_size**2, 3, padding=1)  # each position paints its P x P pixels
         self.patch_size = c.patch_size
 
     def forward(self, visual):
@@ -296,7 +428,7 @@ class TextHead(nn.Module):
 
 
 class WordHead(nn.Module):
-    """MLM: the same beginning, BERT's transform, then the word embedding read backwards (tied) plus a bias."""
+    """MLM: Linear and LayerNorm as in TextHead, BERT's transform, then the tied word embedding plus a bias."""
 
     def __init__(self, c):
         super().__init__()
@@ -312,7 +444,7 @@ class WordHead(nn.Module):
 
 
 class Tower(nn.Module):
-    """LayerNorm and a projection to the unit sphere on which pictures and captions meet (not in the paper; its Sec. 2 names twin towers)."""
+    """LayerNorm and a projection to the unit sphere on which pictures and captions meet (not in the paper)."""
 
     def __init__(self, width, embed_dim):
         super().__init__()
@@ -323,15 +455,30 @@ class Tower(nn.Module):
         return F.normalize(self.project(self.norm(x)).float(), dim=-1)
 
 
-class MVLT(nn.Module):
-    """The whole model. `vocabulary` and `labels` (the words and the class names, in id order) travel with it from `save` to `load`."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
 
-    def __init__(self, config):
+
+class MVLT(nn.Module):
+    """`vocabulary` (words in id order) and `labels` (class names in id order) travel with the weights."""
+
+    kind = "mvlt"
+    heads = {  # objective -> prefixes of the parameters that only it trains
+        "mir": ("decoder.",),
+        "itm": ("match_head.",),
+        "mlm": ("word_head.",),
+        "itc": ("image_tower.", "text_tower.", "log_scale"),
+        "cr": ("category_head.", "subcategory_head."),
+    }
+
+    def __init__(self, config, recipe=None):
         super().__init__()
         self.config = c = config
+        self.recipe = recipe or Recipe()
         self.vocabulary, self.labels = [], {}
-        self.recompute = False  # True: forget activations and compute them again in the backward pass (less memory, a third more work)
-        rates = iter(c.drop_path * i / max(1, sum(c.depths) - 1) for i in range(sum(c.depths)))  # growing from block to block
+        self.recompute = False  # True: recompute activations in the backward pass (less memory, a third more work)
+        blocks = sum(c.depths)
+        rates = iter(c.drop_path * i / max(1, blocks - 1) for i in range(blocks))
         self.words = WordInput(c)
         self.stages = nn.ModuleList(Stage(c, k, [next(rates) for _ in range(c.depths[k])]) for k in range(4))
         self.decoder = Decoder(c)
@@ -339,27 +486,32 @@ class MVLT(nn.Module):
         self.word_head = WordHead(c)
         self.category_head = TextHead(c, c.n_category) if c.n_category else None
         self.subcategory_head = TextHead(c, c.n_subcategory) if c.n_subcategory else None
-        self.grid = min(4, c.side(3))  # the picture tower sees V4 as grid x grid places
-        self.image_tower, self.text_tower = Tower(self.grid**2 * c.dims[3], c.embed_dim), Tower(c.dims[3], c.embed_dim)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # the contrast's learnt temperature, as CLIP
+        self.grid = min(4, c.side(3))  # the picture tower reads V4 as grid x grid places
+        self.image_tower = Tower(self.grid**2 * c.dims[3], c.embed_dim)
+        self.text_tower = Tower(c.dims[3], c.embed_dim)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # the learnt temperature, as in CLIP
         self.apply(initialise)
         centre_pixels(self.stages[0].embed_image)
 
+    # --- The network (Sec. 3.1 to 3.3) ---
+
     def encode(self, images, tokens):
         """
-        Read a picture, a caption, or both: images (B, 3, H, W) floats in [0, 1]; tokens (B, L) int64, 0 = padding; either may be None.
+        images (B, 3, H, W) floats in [0, 1]; tokens (B, L) int64, 0 = padding; either may be None.
         Returns visual [V1..V4], maps (B, D_k, H_k, W_k), and text [T1..T4], (B, L, D_k); [] for an absent side.
         """
         c, seen, text = self.config, None, None
         require(images is not None or tokens is not None, "encode", "needs images or tokens", None)
         if images is not None:
-            require(images.shape[1:] == (3, c.image_size, c.image_size), "images", f"must be (B, 3, {c.image_size}, {c.image_size})", tuple(images.shape))
+            rule = f"must be (B, 3, {c.image_size}, {c.image_size})"
+            require(images.shape[1:] == (3, c.image_size, c.image_size), "images", rule, tuple(images.shape))
         if tokens is not None:
-            require(tokens.ndim == 2 and 0 < tokens.shape[1] <= c.text_len, "tokens", f"must be (B, L) with L in 1..{c.text_len}", tuple(tokens.shape))
+            good = tokens.ndim == 2 and 0 < tokens.shape[1] <= c.text_len
+            require(good, "tokens", f"must be (B, L) with L in 1..{c.text_len}", tuple(tokens.shape))
             text = self.words(tokens)
-            if not c.attend_padding:  # the authors attend to padding: there, more of it changes the result
+            if not c.attend_padding:  # the authors' code attends to it, so that more padding changes the result
                 seen = tokens != 0
-                seen[:, 0] = True  # [CLS] stands there, so that even an empty caption leaves a key to see
+                seen[:, 0] = True  # [CLS], so that even an empty caption leaves a key
         image, visual, texts = images, [], []
         for stage in self.stages:
             image, text = stage(image, text, seen, self.recompute)
@@ -380,27 +532,187 @@ class MVLT(nn.Module):
         return self.word_head(text[3][where], self.words.word.weight)
 
     def recognise(self, text):
-        """M-CR and S-CR, two independent heads on [CLS] of T4. A photo without text is read with the empty caption [CLS] [SEP]."""
+        """M-CR and S-CR, two heads on [CLS] of T4. A photo without text is read with the empty caption [CLS] [SEP]."""
         classes = (self.config.n_category, self.config.n_subcategory)
         require(all(classes), "recognise", "needs n_category and n_subcategory above 0", classes)
         return self.category_head(text[3][:, 0]), self.subcategory_head(text[3][:, 0])
 
     def embed_images(self, images):
-        """The picture tower: unit vectors (B, embed_dim), from V4 with its places side by side: a mean over them learns slower at first."""
+        """The picture tower: unit vectors (B, embed_dim), from V4 flattened: its mean learns slower at first."""
         visual, _ = self.encode(images, None)
         return self.image_tower(F.adaptive_avg_pool2d(visual[3], self.grid).flatten(1))
 
     def embed_texts(self, tokens):
-        """The caption tower: unit vectors (B, embed_dim), from the mean of T4 over the words that are no padding."""
+        """The caption tower: unit vectors (B, embed_dim), from the mean of T4 over the words that are not padding."""
         _, text = self.encode(None, tokens)
         real = (tokens != 0).unsqueeze(2)  # (B, L, 1)
         return self.text_tower((text[3] * real).sum(1) / real.sum(1).clamp(min=1))
 
 
+    # --- What the scripts ask of a model ---
+
+    def score(self, images, tokens):
+        """Match - mismatch logit, (B,) in fp32: above 0 picture and caption belong together."""
+        _, text = self.encode(images, tokens)
+        logits = self.match([t.float() for t in text]).float()  # in bf16 close scores would tie
+        return logits[:, 1] - logits[:, 0]
+
+    def embed(self, images, tokens):
+        """Both towers' unit vectors, (2, B, embed_dim)."""
+        return torch.stack([self.embed_images(images), self.embed_texts(tokens)])
+
+    def contrast(self, vectors, same):
+        """ITC over all G pairs: vectors (2, G, embed_dim), same (G, G)."""
+        return itc_loss(vectors[0], vectors[1], self.log_scale, same)
+
+    def classify(self, images, tokens):
+        """Logits of main and sub-category, (B, n_category) and (B, n_subcategory)."""
+        _, text = self.encode(images, tokens)
+        return self.recognise([t.float() for t in text])
+
+    def rebuild(self, images, tokens):
+        """The pictures (B, 3, H, W) in [0, 1] from what is left of them and their captions."""
+        visual, _ = self.encode(images, tokens)
+        return self.reconstruct(visual).float()
+
+    # --- One training step (Sec. 3.2) ---
+
+    def active(self, progress):
+        """The objectives that train at this share of the run: the towers alone first, then all."""
+        objectives = tuple(self.recipe.weights)
+        towers_first = "itc" in objectives and progress < self.recipe.itm_from
+        return ("itc",) if towers_first else objectives
+
+    def trained(self, progress):
+        """
+        The parameters that an active objective uses. The loop freezes the others: weight decay would shrink them, and
+        AdamW's bias correction would count steps without gradient.
+        """
+        unused = []
+        for objective, prefixes in self.heads.items():
+            if objective not in self.active(progress):
+                unused += prefixes
+        names = {name for name, _ in self.named_parameters() if not name.startswith(tuple(unused))}
+        if self.recipe.modality == "text":
+            names = {name for name in names if not any(part in name for part in READS_PICTURES)}
+        return names
+
+    def reads(self, progress):
+        """Every objective reads pairs."""
+        return "pairs"
+
+    def window(self, progress):
+        """From how many batches, sorted by sub-category, a batch is taken (1: from the epoch's order as it is)."""
+        return self.recipe.group_window if progress >= self.recipe.hard_from else 1
+
+    def plan(self, split, rows, draw, vectors, progress):
+        """
+        Everything random about the G pairs `rows`: which captions are wrong, which pixels and words are hidden, and
+        which pairs each objective counts. Returns ({name: (G, ...)}, {objective: number of items}).
+        """
+        r, G = self.recipe, len(rows)
+        objectives = [name for name in self.active(progress) if name != "itc"]
+        if not objectives:
+            return {}, {}
+        masked = torch.rand(G, generator=draw("hide")) < r.mask_pictures
+        matched = torch.ones(G, dtype=torch.bool)
+        if "itm" in objectives:
+            matched = torch.randperm(G, generator=draw("match")) % 2 == 0  # half of the pairs get a wrong caption
+        if r.unmasked_itm:
+            matched = matched | masked  # a masked pair is for rebuilding, not for matching
+        words = split.tokens[self.draw_captions(split, rows, matched, draw, progress)]  # (G, L)
+
+        no_caption = torch.full((G,), r.modality == "image")
+        if "cr" in objectives and r.modality == "both":
+            no_caption = matched & ~masked & (torch.rand(G, generator=draw("bare")) < r.drop_caption)
+        words = trim(torch.where(no_caption[:, None], empty_captions(split.tokenizer, words), words))
+
+        ratio = r.mask_words if "mlm" in objectives else 0.0
+        t, V = split.tokenizer, self.config.vocab_size
+        tokens, where = mask_tokens(words, V, t.mask_id, t.special_ids, ratio, draw("words"))
+        words_masked = masked if r.unmasked_itm else torch.ones(G, dtype=torch.bool)
+        tokens = torch.where(words_masked[:, None], tokens, words)
+        size = (self.config.image_size, self.config.image_size)
+        units = draw_units(G, size, r.mask_style, r.mask_ratio, r.mask_unit, draw("units"))
+
+        rebuild = matched & masked  # MIR: true pairs with hidden pixels
+        predict = where & (matched & words_masked)[:, None]  # MLM: hidden words of true pairs
+        judge = ~no_caption & ~(masked & r.unmasked_itm)  # ITM: pairs as they come at test time
+        name = matched & ~masked  # recognition: true pairs with nothing hidden
+        category, share_category = share_known(split.categories[rows], name)
+        subcategory, share_subcategory = share_known(split.subcategories[rows], name)
+        plan = dict(
+            tokens=tokens, words=words, units=units & masked[:, None, None, None], matched=matched, rebuild=rebuild,
+            predict=predict, judge=judge, category=category, share_category=share_category, subcategory=subcategory,
+            share_subcategory=share_subcategory,
+        )
+        count = dict(mir=int(rebuild.sum()), mlm=int(predict.sum()), itm=int(judge.sum()), cr=1)
+        return plan, {objective: count[objective] for objective in objectives}
+
+    def draw_captions(self, split, rows, matched, draw, progress):
+        """For each pair the row (G,) whose caption it reads: its own, or where it is not matched another product's."""
+        if matched.all():
+            return rows
+        same_group = progress >= self.recipe.hard_from
+        return torch.where(matched, rows, split.negatives(rows, draw("negatives"), same_group))
+
+    def losses(self, images, plan):
+        """{objective: sum over the items of this slice}; images (B, 3, H, W), plan: this slice of `plan`'s tensors."""
+        objectives, losses = self.recipe.weights, {}
+        masked, _ = hide(images, plan["units"])
+        visual, text = self.encode(None if self.recipe.modality == "text" else masked, plan["tokens"])
+        rebuild, judge, predict = plan["rebuild"], plan["judge"], plan["predict"]
+        if "mir" in objectives and rebuild.any():  # pixel_shuffle has no gradient for an empty batch
+            rebuilt = self.reconstruct([v[rebuild] for v in visual])
+            losses["mir"] = rebuild.sum() * mir_loss(rebuilt, images[rebuild])
+        if "itm" in objectives:
+            losses["itm"] = judge.sum() * itm_loss(self.match(text)[judge], plan["matched"][judge])
+        if "mlm" in objectives:
+            losses["mlm"] = predict.sum() * mlm_loss(self.predict_words(text, predict), plan["words"][predict])
+        if "cr" in objectives:
+            category, subcategory = self.recognise(text)
+            known = (category, plan["category"], plan["share_category"])
+            losses["cr"] = shared_cross_entropy(*known)
+            known = (subcategory, plan["subcategory"], plan["share_subcategory"])
+            losses["cr"] = losses["cr"] + shared_cross_entropy(*known)
+        return losses
+
+
+READS_PICTURES = (".embed_image", ".norm_image", ".position_image", ".attn.sr", ".attn.norm")  # parts of names
+
+
+def trim(tokens):
+    """Cut off the last columns that are padding in every row of tokens (n, L)."""
+    used = (tokens != 0).any(dim=0).nonzero()
+    return tokens[:, : int(used.max()) + 1 if len(used) else 0]
+
+
+def empty_captions(tokenizer, words):
+    """[CLS] [SEP] and padding, for as many captions as `words` (G, L) holds."""
+    empty = torch.zeros_like(words)
+    empty[:, :2] = torch.tensor(tokenizer.encode(""))
+    return empty
+
+
+def share_known(classes, counted):
+    """
+    Recognition's two losses are means over the pairs whose class is known, -1 = unknown. Returns classes (G,) and each
+    pair's share (G,) of the mean, 0 where it does not count.
+    """
+    known = counted & (classes >= 0)
+    return classes.clamp(min=0), known.float() / known.sum().clamp(min=1)
+
+
+def shared_cross_entropy(logits, classes, share):
+    """The sum over the slice of share (B,) times cross-entropy."""
+    return (share * F.cross_entropy(logits.float(), classes, reduction="none")).sum()
+
+
 def initialise(module):
-    """PVT's normal of 0.02, here cut at two sigma, for Linear, embeddings and positions, 0 for biases; convolutions keep PyTorch's default."""
+    """Normal of 0.02, cut at two sigma, for Linear, embeddings and positions; biases 0; convolutions as they are."""
     for name, parameter in module.named_parameters(recurse=False):
-        if isinstance(module, (nn.Linear, nn.Embedding)) and name == "weight" or name.startswith(("position", "segment")):
+        is_matrix = isinstance(module, (nn.Linear, nn.Embedding)) and name == "weight"
+        if is_matrix or name.startswith(("position", "segment")):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
         elif isinstance(module, nn.Linear):
             nn.init.zeros_(parameter)
@@ -408,27 +720,28 @@ def initialise(module):
 
 @torch.no_grad()
 def centre_pixels(embed_image):
-    """Let fresh weights see a pixel x as 4 (x - 1/2): otherwise the LayerNorm after Eq. 2 at first hides how bright a patch is."""
+    """Fresh weights see a pixel x as 4 (x - 1/2); otherwise the LayerNorm after Eq. 2 at first hides the brightness."""
     embed_image.weight *= 4
     embed_image.bias -= embed_image.weight.sum((1, 2, 3)) / 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Masking: Eq. 3 and 4, Fig. 4 (the unit), Fig. 8 (the styles), and the words
 
 ZERO = 1e-6  # what hidden pixels are filled with (the paper's footnote 2)
-MASK_STYLES = ("random", "grid", "stroke", "center")
 
 
 def draw_units(batch, size, style="random", ratio=0.5, unit=16, generator=None):
     """
-    Phi of Eq. 4: which parts of each picture of size (H, W) to hide. Returns (batch, 1, h, w) bool, True = hidden: one entry per unit of
-    unit x unit pixels (alpha P; h = H/unit) for "random" and "grid", one per pixel for "stroke" (a brush `unit` wide) and "center".
+    Phi of Eq. 4: which parts of each picture of size (H, W) to hide. Returns (batch, 1, h, w) bool, True = hidden: one
+    entry per unit of unit x unit pixels (alpha P; h = H/unit) for "random" and "grid", one per pixel for "stroke" (a
+    brush `unit` wide) and "center".
     """
     require(style in MASK_STYLES, "mask style", f"must be one of {', '.join(MASK_STYLES)}", style)
     require(0 <= ratio <= 1, "mask ratio", "must lie in [0, 1]", ratio)
     H, W = size
-    require(unit >= 1 and H % unit == 0 and W % unit == 0, "mask unit", f"must divide the picture's sides {H} and {W}", unit)
+    divides = unit >= 1 and H % unit == 0 and W % unit == 0
+    require(divides, "mask unit", f"must divide the picture's sides {H} and {W}", unit)
     if style == "random":
         return random_units(batch, H // unit, W // unit, ratio, generator)
     if style == "grid":
@@ -446,7 +759,7 @@ def random_units(batch, h, w, ratio, generator=None):
 
 
 def grid_units(h, w, ratio):
-    """In each row n of every m units, shifted by one from row to row (a chessboard at 1/2): the n/m that comes nearest to the ratio."""
+    """In each row n of every m units, shifted by one from row to row: the n/m nearest to the ratio."""
     diagonal = torch.arange(h)[:, None] + torch.arange(w)
     lattices = (diagonal % m < n for m in range(1, max(h, w) + 1) for n in range(m + 1))
     return min(lattices, key=lambda hidden: abs(hidden.float().mean().item() - ratio))
@@ -461,35 +774,40 @@ def center_square(H, W, ratio):
 
 
 def brush_strokes(H, W, ratio, width, generator=None):
-    """Straight strokes of a round brush, each begun on a pixel still bare, until the ratio is reached. (H, W) bool."""
+    """
+    Straight strokes of a round brush, each begun on a visible pixel; the last stroke ends where the ratio is reached,
+    so that round(ratio H W) pixels are hidden. (H, W) bool.
+    """
     y, x = torch.arange(H)[:, None].float(), torch.arange(W).float()
     hidden = torch.zeros(H, W, dtype=torch.bool)
-    while hidden.sum() < round(ratio * H * W):
+    while (missing := round(ratio * H * W) - int(hidden.sum())) > 0:
         bare = (~hidden).flatten().nonzero().flatten()
         start = bare[torch.randint(len(bare), (), generator=generator)]
         angle, length = torch.rand(2, generator=generator) * torch.tensor([2 * math.pi, max(H, W) / 2])
         dy, dx = y - start // W, x - start % W  # from the stroke's start to each pixel
         along = (dy * angle.sin() + dx * angle.cos()).clamp(min=0).minimum(length)
-        hidden |= (dy - along * angle.sin()) ** 2 + (dx - along * angle.cos()) ** 2 <= (width / 2) ** 2
+        stroke = (dy - along * angle.sin()) ** 2 + (dx - along * angle.cos()) ** 2 <= (width / 2) ** 2
+        order = along.masked_fill(~stroke | hidden, math.inf).flatten().argsort(stable=True)  # as the brush covers them
+        hidden.view(-1)[order[: min(missing, int((stroke & ~hidden).sum()))]] = True
     return hidden
 
 
 def hide(images, units):
-    """Eq. 3: fill what `units` (B, 1, h, w) names. Returns the masked pictures and hidden (B, 1, H, W) bool, True = hidden."""
+    """Eq. 3: fill the units (B, 1, h, w). Returns the masked pictures and hidden (B, 1, H, W) bool, True = hidden."""
     rows, columns = images.shape[2] // units.shape[2], images.shape[3] // units.shape[3]
     hidden = units.to(images.device).repeat_interleave(rows, dim=2).repeat_interleave(columns, dim=3)
     return images.masked_fill(hidden, ZERO), hidden
 
 
 def mask_images(images, style="random", ratio=0.5, unit=16, generator=None):
-    """Hide parts of each picture (B, 3, H, W). Returns the masked pictures and hidden (B, 1, H, W) bool, True = hidden."""
+    """Hide parts of pictures (B, 3, H, W). Returns the masked pictures and hidden (B, 1, H, W) bool, True = hidden."""
     return hide(images, draw_units(len(images), images.shape[2:], style, ratio, unit, generator))
 
 
 def mask_tokens(tokens, vocab_size, mask_id, special_ids, ratio=0.15, generator=None):
     """
-    Choose each real word with probability `ratio`, at least one per caption that has any (none at ratio 0); of those 80% become [MASK],
-    10% a random ordinary word, 10% stay. Special ids are neither chosen nor drawn.
+    Choose each ordinary word with probability `ratio`, at least one per caption that has any (none at ratio 0); of
+    those 80% become [MASK], 10% a random ordinary word, 10% stay. Special ids are neither chosen nor drawn.
     Returns the masked tokens and where (B, L) bool, True = to be predicted.
     """
     require(0 <= ratio <= 1, "mask ratio of words", "must lie in [0, 1]", ratio)
@@ -501,7 +819,7 @@ def mask_tokens(tokens, vocab_size, mask_id, special_ids, ratio=0.15, generator=
     chance = torch.rand(tokens.shape, generator=generator).masked_fill(special[tokens.cpu()], 2)
     least = chance.amin(dim=1, keepdim=True)
     where = ((chance < ratio) | (chance == least)) & (chance < 2) & (ratio > 0)
-    fate = torch.rand(tokens.shape, generator=generator)  # a second draw, so that the one word that had to be chosen is treated as any other
+    fate = torch.rand(tokens.shape, generator=generator)  # its own draw: the fate must not depend on the choice
     drawn = ordinary[torch.randint(len(ordinary), tokens.shape, generator=generator)]
 
     where, fate, drawn = where.to(tokens.device), fate.to(tokens.device), drawn.to(tokens.device)
@@ -509,12 +827,13 @@ def mask_tokens(tokens, vocab_size, mask_id, special_ids, ratio=0.15, generator=
     return torch.where(where & (fate >= 0.8) & (fate < 0.9), drawn, masked), where
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Losses: Eq. 5 to 8, each a mean over what is there to predict (and 0, with gradient 0, where nothing is)
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses: Eq. 5 to 7, each a mean over what is there to predict (and 0, with gradient 0, where nothing is).
+# Eq. 8, their weighted sum, is `Recipe.weights` and the training loop.
 
 
 def mir_loss(rebuilt, images):
-    """Eq. 5, smooth L1 over the whole picture (with the |.| that the paper's condition leaves out)."""
+    """Eq. 5, smooth L1 over the whole picture (with the absolute value that the paper's condition leaves out)."""
     error = (rebuilt.float() - images.float()).abs()
     return mean_or_zero(torch.where(error < 1, 0.5 * error**2, error - 0.5))
 
@@ -531,8 +850,8 @@ def mlm_loss(logits, words):
 
 def itc_loss(image_vectors, text_vectors, log_scale, same):
     """
-    Image-text contrast (not in the paper): InfoNCE both ways between unit vectors (B, embed_dim).
-    same (B, B) bool: True where two entries are one product or have one caption; off the diagonal these are no negatives.
+    Image-text contrastive loss (not in the paper): InfoNCE both ways between unit vectors (B, embed_dim).
+    same (B, B) bool: True where two entries share their product or caption; off the diagonal these are no negatives.
     """
     scale = log_scale.float().clamp(max=math.log(100)).exp()
     with torch.autocast(image_vectors.device.type, enabled=False):  # fp32: in bf16 one step near 14 is 0.06
@@ -542,24 +861,9 @@ def itc_loss(image_vectors, text_vectors, log_scale, same):
     return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
 
 
-def hard_negatives(logits, same, generator=None):
-    """
-    For each picture another's caption, drawn in proportion to exp(logits), (B, B) pictures x captions; never one that is the same (B, B).
-    Returns (B,) int64, the caption's place in the batch, or -1 where every other is the same.
-    """
-    none = same.all(dim=1)
-    chances = logits.float().nan_to_num().masked_fill(same & ~none[:, None], float("-inf")).softmax(dim=1)
-    return torch.multinomial(chances, 1, generator=generator)[:, 0].masked_fill(none, -1)
-
-
 def recognition_loss(logits, classes):
     """Cross-entropy over the pictures whose class is known: classes (B,), -1 = unknown."""
     return cross_entropy(logits[classes >= 0], classes[classes >= 0])
-
-
-def total_loss(parts, weights={"mir": 10, "itm": 1, "mlm": 1}):
-    """Eq. 8: the weighted sum of the parts that are there."""
-    return sum(weights[name] * part for name, part in parts.items())
 
 
 def cross_entropy(logits, right):
@@ -571,173 +875,30 @@ def mean_or_zero(losses):
     return losses.mean() if losses.numel() else losses.sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Our own checkpoints
-
-
-def save(path, model, **rest):
-    """Write one self-contained file, whole or not at all: config, weights, vocabulary, label names, and whatever else is given."""
-    contents = dict(model=model.state_dict(), config=asdict(model.config), vocabulary=list(model.vocabulary), labels=dict(model.labels), **rest)
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
-
-
-def read(path):
-    """What a checkpoint file holds. Only tensors and plain values are ever built from it; no code in it is run."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the PVT family's training code keeps its arguments in the file
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # a broken file may raise almost anything
-        asked = re.search(r"GLOBAL (\S+)", str(error))  # a pickle asks for the function that it would run
-        reason = f"it asks for {asked[1]}" if asked else type(error).__name__
-        raise ValueError(f"{path}: not a whole file of plain tensors ({reason})") from None
-
-
-def load(path):
-    """The model saved at `path`, in eval mode on the CPU."""
-    contents = read(path)
-    try:
-        model = MVLT(Config(**contents["config"]))
-        model.load_state_dict(contents["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a model that mvlt.save wrote ({' '.join(str(error).split())})") from None
-    model.vocabulary, model.labels = contents.get("vocabulary", []), contents.get("labels", {})
-    return model.eval()
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Other people's weights: PVT's (ImageNet) and the MVLT authors', whose visual half has the same names
-
-VISUAL_PARTS = {  # our part -> theirs; {k} is the stage, which they count from 1
-    "stage.position_image": "pos_embed{k}",
-    "stage.embed_image": "patch_embed{k}.proj",
-    "stage.norm_image": "patch_embed{k}.norm",
-    "stage.blocks": "block{k}",
-}
-TEXT_PARTS = {
-    "stage.position_text": "text_pos_embed{k}",
-    "stage.embed_text": "text_embed{k}.0",
-    "stage.norm_text": "text_embed{k}.1",
-    "words.word": "text_embeddings.word_embeddings",
-    "words.position": "text_embeddings.position_embeddings.weight",
-    "words.segment": "text_embeddings.token_type_embeddings.weight",
-    "words.norm": "text_embeddings.LayerNorm",
-    "word_head.embed": "mlm_head_embed.0",
-    "word_head.norm": "mlm_head_embed.1",
-    "word_head.dense": "mlm_head.transform.dense",
-    "word_head.dense_norm": "mlm_head.transform.LayerNorm",
-    "word_head.bias": "mlm_head.bias",
-}
-for ours, theirs in (("match_head", "itm_head"), ("category_head", "sup_cls_head"), ("subcategory_head", "sub_cls_head")):
-    TEXT_PARTS |= {f"{ours}.embed": f"{theirs}_embed.0", f"{ours}.norm": f"{theirs}_embed.1", f"{ours}.classify": f"{theirs}.linear"}
-
-IMAGENET = {r"cls_token|norm\.(weight|bias)|head\.(weight|bias)": "ignored: ImageNet's class token and classifier"}  # pattern -> fate
-IGNORED = IMAGENET | {
-    r"t2i_head\..+": "ignored: the authors' decoder is another network",
-    r"\w+_head\.linear_bias": "added to linear.bias",
-    r"mlm_head\.mlm_decoder\.weight": "tied: equal to the word embedding",
-    r"text_embeddings\.position_ids": "ignored: counts 0, 1, 2, ...",
-}
-
-
-def load_pvt(model, checkpoint):
-    """
-    Put the PVT authors' ImageNet weights (a state dict or its file) into the visual half, position tables resized to the model's pictures.
-    Returns a report, {their key: what became of it}; a missing, ill-shaped or unknown key is an error that names it.
-    """
-    return adopt(model, open_state_dict(checkpoint), VISUAL_PARTS, IMAGENET)
+# ---------------------------------------------------------------------------------------------------------------------
+# The authors' checkpoint
 
 
 def load_official(checkpoint, image_size=256, **changes):
     """
-    The MVLT authors' checkpoint (a state dict, {"model": state dict}, or its file) as an MVLT that computes what theirs computes; what
-    became of each key is in `model.report`. The decoder and the towers are not in it and stay as initialised.
-    The configuration is "tiny", as theirs, with the recognition heads that are there; `changes` overrides it.
+    The MVLT authors' checkpoint (a state dict, {"model": state dict}, or its file) as an MVLT that computes what theirs
+    computes; `model.report` says what became of each key. The decoder and the towers are not in it and stay as
+    initialised. The configuration is "tiny", as theirs, with the recognition heads that are there; `changes` overrides.
     """
-    weights = dict(open_state_dict(checkpoint))
-    classes = lambda head: len(weights.get(f"{head}.linear.bias", ()))
-    found = dict(image_size=image_size, attend_padding=True, n_category=classes("sup_cls_head"), n_subcategory=classes("sub_cls_head"))
+    weights = foreign.open_state_dict(checkpoint)
+    found = dict(image_size=image_size, attend_padding=True)
+    found["n_category"] = len(weights.get("sup_cls_head.linear.bias", ()))
+    found["n_subcategory"] = len(weights.get("sub_cls_head.linear.bias", ()))
     model = MVLT(Config(**found | changes))
-    for second in [name for name in weights if name.endswith("_head.linear_bias")]:  # their heads carry two biases, which add up to one
-        first = second.replace("linear_bias", "linear.bias")
-        same = first in weights and weights[first].shape == weights[second].shape
-        require(same, second, f"must have the shape of {first}", tuple(weights[second].shape))
-        weights[first] = weights[first] + weights[second]
-    model.report = adopt(model, weights, VISUAL_PARTS | TEXT_PARTS, IGNORED)
-    words, tied = weights["text_embeddings.word_embeddings.weight"], "mlm_head.mlm_decoder.weight"
-    require(torch.equal(weights.get(tied, words), words), tied, "must equal the word embedding, to which it is tied", "another tensor")
+    model.report = foreign.load_mvlt(model, weights)
     return model.eval()
 
 
-def open_state_dict(checkpoint):
-    """A state dict from a dict, from {"model": dict}, or from the file of either."""
-    weights = checkpoint if isinstance(checkpoint, dict) else read(checkpoint)
-    weights = weights["model"] if isinstance(weights, dict) and isinstance(weights.get("model"), dict) else weights
-    good = isinstance(weights, dict) and weights and all(isinstance(value, torch.Tensor) for value in weights.values())
-    require(good, "checkpoint", "must be a state dict, names to tensors, or {'model': state dict}", type(weights).__name__)
-    return weights
+# ---------------------------------------------------------------------------------------------------------------------
+# python mvlt.py: the shapes as a table. Nothing is computed: tensors on the "meta" device have shapes only.
 
 
-def their_name(ours, parts):
-    """What the authors call our parameter, or None when `parts` has no such part."""
-    k = 0
-    if ours.startswith("stages."):
-        _, k, rest = ours.split(".", 2)
-        ours = f"stage.{rest}"
-    part = next((part for part in parts if f"{ours}.".startswith(f"{part}.")), None)
-    return part and parts[part].format(k=int(k) + 1) + ours[len(part) :]
-
-
-@torch.no_grad()
-def adopt(model, weights, parts, ignored):
-    """Copy their weights into those parts of the model, all or none. Returns {their key: what became of it}, every key accounted for."""
-    parameters = {theirs: (name, parameter) for name, parameter in model.named_parameters() if (theirs := their_name(name, parts))}
-    report = {name: fate for name in weights for pattern, fate in ignored.items() if re.fullmatch(pattern, name)}
-    missing, unknown = parameters.keys() - weights.keys(), weights.keys() - parameters.keys() - report.keys()
-    require(not missing, "checkpoint", "must leave no weight of the model unfilled", sorted(missing))
-    require(not unknown, "checkpoint", "must hold no weight that is unknown", sorted(unknown))
-    fitted = {theirs: fit(theirs, weights[theirs], name, parameter.shape) for theirs, (name, parameter) in parameters.items()}
-    for theirs, (value, fate) in fitted.items():
-        parameters[theirs][1].copy_(value)
-        report[theirs] = fate
-    return report
-
-
-def fit(theirs, value, ours, shape):
-    """Their tensor in the shape of our parameter, and how: position tables are resized or cut, everything else must fit as it is."""
-    fate, table = "used", torch.atleast_2d(value).flatten(0, -2)  # (rows, D): their tables of positions begin with a 1
-    if ours.endswith("position_image"):
-        slots = ours.startswith("stages.3")  # a class slot in front, in stage 4
-        old, new = math.isqrt(len(table) - slots), math.isqrt(shape[0])
-        require(old > 0 and len(table) == old * old + slots, theirs, f"must have a square number of rows{', and one' * slots}", tuple(value.shape))
-        grid = table[slots:].T.unflatten(1, (old, old))[None]  # (1, D, old, old)
-        value = F.interpolate(grid.float(), size=(new, new), mode="bilinear")[0].flatten(1).T
-        fate = fate if old == new else f"resized from {old} x {old} to {new} x {new}"
-    elif ours.endswith(("position_text", "words.position")):
-        value = table[: shape[0]]
-        fate = fate if len(table) <= shape[0] else f"used: the first {shape[0]} of {len(table)} rows"
-    elif ours == "words.segment":
-        value, fate = table[0], "used: segment 0"
-    require(value.shape == shape, theirs, f"must fit {ours} of shape {tuple(shape)}", tuple(value.shape))
-    return value, fate
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# python mvlt.py: the model as a table. Nothing is computed: tensors on the "meta" device have shapes only.
-
-
-def count(part, *inputs):
+def multiply_adds(part, *inputs):
     """What a part of the model returns, and its millions of multiply-adds."""
     with FlopCounterMode(display=False) as counter:
         outputs = part(*inputs)
@@ -745,44 +906,42 @@ def count(part, *inputs):
 
 
 def millions(part):
+    """Millions of parameters."""
     return sum(parameter.numel() for parameter in part.parameters()) / 1e6
 
 
-def table(name):
-    """One preset, part by part: (part, its map, its words, blocks, M parameters, M multiply-adds for one picture with its caption)."""
-    c = Config.preset(name)
+def table(size):
+    """One size, part by part: (part, its map, its words, blocks, M parameters, M multiply-adds for one pair)."""
+    c = Config.preset(size)
+    shape = lambda x: " x ".join(map(str, x.shape[1:]))
     with torch.device("meta"):
         model, image = MVLT(c).eval(), torch.empty(1, 3, c.image_size, c.image_size)
-        text, work = count(model.words, torch.ones(1, c.text_len, dtype=torch.long))
-        shape = lambda x: " x ".join(map(str, x.shape[1:]))
+        text, work = multiply_adds(model.words, torch.ones(1, c.text_len, dtype=torch.long))
         rows, visual = [("word input", "", shape(text), "", millions(model.words), work)], []
         for k, stage in enumerate(model.stages):
-            (image, text), work = count(stage, image, text, None)
+            (image, text), work = multiply_adds(stage, image, text, None)
             visual.append(image)
             rows.append((f"stage {k + 1}", shape(image), shape(text), c.depths[k], millions(stage), work))
         hidden = text[:, : round(0.15 * c.text_len)]
-        for label, part, *inputs in [
-            ("MIR decoder", model.decoder, visual), ("ITM head", model.match_head, text[:, 0]),
+        places = F.adaptive_avg_pool2d(image, model.grid).flatten(1)
+        for name, part, *inputs in [
+            ("MIR decoder", model.decoder, visual),
+            ("ITM head", model.match_head, text[:, 0]),
             ("MLM head", model.word_head, hidden, model.words.word.weight),
-            ("image tower", model.image_tower, F.adaptive_avg_pool2d(image, model.grid).flatten(1)), ("text tower", model.text_tower, text[:, 0]),
+            ("image tower", model.image_tower, places),
+            ("text tower", model.text_tower, text[:, 0]),
         ]:
-            rows.append((label, "", "", "", millions(part), count(part, *inputs)[1]))
+            rows.append((name, "", "", "", millions(part), multiply_adds(part, *inputs)[1]))
     return rows + [("in all", "", "", "", millions(model), sum(row[-1] for row in rows))]
 
 
-def pvt_tiny():
-    """The visual half of "tiny" on its own, as PVT-Tiny's size is published: 224 px, with a classifier. M parameters, M multiply-adds."""
-    with torch.device("meta"):
-        model = MVLT(Config.preset("tiny", image_size=224)).eval()
-        work = count(model.encode, torch.empty(1, 3, 224, 224), None)[1]
-    visual = sum(p.numel() for name, p in model.named_parameters() if their_name(name, VISUAL_PARTS))
-    return (visual + 2 * 512 + 513_000) / 1e6, work + 0.512  # and its last LayerNorm and its classifier of 1000 classes
+def print_tables():
+    for size in PRESETS:
+        header = (size, "map (D, H, W)", "words (L, D)", "blocks", "M parameters", "M multiply-adds")
+        print("\n{:12} {:>16} {:>14} {:>7} {:>13} {:>16}".format(*header))
+        for row in table(size):
+            print("{:12} {:>16} {:>14} {:>7} {:13.2f} {:16.0f}".format(*row))
 
 
 if __name__ == "__main__":
-    for preset in PRESETS:
-        print(f"\n{preset:12} {'map (D, H, W)':>16} {'words (L, D)':>14} {'blocks':>7} {'M parameters':>13} {'M multiply-adds':>16}")
-        for row in table(preset):
-            print("{:12} {:>16} {:>14} {:>7} {:13.2f} {:16.0f}".format(*row))
-    print("\nThe visual half of tiny at 224 px, with a classifier: {:.1f} M parameters, {:.0f} M multiply-adds.".format(*pvt_tiny()))
-    print("PVT-Tiny as published: 13.2 M parameters, 1.9 G multiply-adds.")
+    print_tables()

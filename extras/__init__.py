@@ -1,0 +1,1 @@
+"""What a reader of the papers can skip: words, file formats, checkpoints, processes, the toy shop, reports, speed."""
