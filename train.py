@@ -504,7 +504,7 @@ def check_resume(path, saved, now):
     old = {**saved["run"], **saved["config"], **saved["recipe"], **saved["labels"], **saved["data"]}
     differ = []
     for name, value in now.items():
-        same = plain(old.get(name)) == plain(value)
+        same = repr(plain(old.get(name))) == repr(plain(value))  # a damaged file may hold anything, as a tensor
         if name not in MAY_CHANGE and not same:
             differ.append(f"{name} (was {quoted(old.get(name))}, now {quoted(value)})")
     if differ:

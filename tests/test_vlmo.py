@@ -150,7 +150,7 @@ def outputs(model, images, tokens):
     }
 
 
-# --- The table of the specification: which parameters reach which mode ---
+# --- Which parameters reach which mode ---
 
 MODES = ("image", "text", "fused", "image vector", "text vector", "image_vl", "text_vl")
 REACH = {  # part -> which modes, in the order of MODES
