@@ -1261,7 +1261,8 @@ def test_four_pairs_are_learnt_by_heart(tmp_path):
     write_rows(tmp_path / "train.jsonl", rows)
     write_rows(tmp_path / "val.jsonl", [row | {"product_id": f"again {row['product_id']}"} for row in rows])
     still = [*EXACT, "--objectives", "itm,mlm,mir", "--itm-from", 0, "--save-every", 1000, "--log-every", 5]
-    larger = ["--dims", "8,16,32,64", "--heads", "1,2,4,8", "--token-dim", 64, "--text-len", 8, "--mlp-ratios", "2,2,2,2"]
+    larger = ["--dims", "8,16,32,64", "--heads", "1,2,4,8", "--token-dim", 64, "--text-len", 8]
+    larger += ["--mlp-ratios", "2,2,2,2"]
     longer = ["--steps", 300, "--batch-size", 64, "--lr", 2e-3, "--final-lr", 1e-4]
     run = in_process(tmp_path / "run", *TINY, *still, *larger, *longer, "--data", tmp_path)
 
