@@ -762,7 +762,7 @@ def damage(contents, steps, what, junk):
     return names
 
 
-@settings(deadline=None, max_examples=60, phases=[Phase.generate])
+@settings(deadline=None, max_examples=30, phases=[Phase.generate])
 @given(damages())
 def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_it_or_does_no_harm(brief, tmp_path_factory, damaged):
     run = copy_of(brief, tmp_path_factory.mktemp("damaged"))
