@@ -40,7 +40,6 @@ from torch.utils.checkpoint import checkpoint
 from extras import kaleido_weights
 from mvlt import (
     empty_captions,
-    initialise,
     parse_objectives,
     require,
     require_range,
@@ -656,7 +655,7 @@ class Kaleido(nn.Module):
         self.register_buffer("mask_id", torch.zeros((), dtype=torch.int64))
         for name, module in self.named_modules():
             if not name.startswith(("encoder", "captioner")):
-                initialise(module)
+                initialise(module, 0.02 * (768 / c.width) ** 0.5)
 
     # --- Pictures and captions in ---
 
@@ -787,6 +786,29 @@ class Kaleido(nn.Module):
         maps, said = word_maps(self.captioner, framed, tokens, self.recipe.align)
         pairs = strongest(maps, said & self.alignable[tokens])
         return places_of(boxes.to(images.dtype), self.config.image_size), pairs, maps
+
+    @torch.no_grad()
+    def pretext(self, split, draw, batch=64):
+        """
+        Fig. 7: the accuracy of RR, JPS, CP, ITM and AMLM and the KLD of G2CM and B2CM over a split, as trained and with
+        fixed draws: draw(number of the batch, what) -> generator.
+        """
+        device = self.place.weight.device
+        values, items = {}, {}
+        for number, rows in enumerate(torch.arange(len(split)).split(batch)):
+            plan, _ = self.plan(split, rows, lambda what: draw(number, what), None, 1.0)
+            if "other" in plan:
+                plan["other_images"] = split.images(rows[plan["other"].clamp(min=0)])
+            plan = {name: value.to(device) for name, value in plan.items()}
+            for task, (logits, target) in self.answers(split.images(rows, device), plan).items():
+                if task in ("g2cm", "b2cm"):
+                    value = kld_loss(logits, target)
+                else:
+                    value = (logits.argmax(1) == target).sum()
+                values[task] = values.get(task, 0) + float(value)
+                items[task] = items.get(task, 0) + len(target)
+        tasks = [task for task in ("rr", "jps", "cp", "g2cm", "b2cm", "itm", "mlm") if items.get(task)]
+        return {task: values[task] / items[task] for task in tasks}
 
     # --- One training step ---
 
@@ -991,6 +1013,19 @@ class Kaleido(nn.Module):
         target = F.pad(captions, (0, tokens.shape[1] - captions.shape[1]))
         where = (target != 0).index_fill(1, target.new_zeros(1), False)
         return self.predict_words(text, where), target[where]
+
+
+def initialise(module, deviation):
+    """
+    Normal, cut at two sigma, for Linear, embeddings, positions and segments; 0 for biases. BERT's deviation is 0.02 at
+    width 768; a narrower model needs more, or its attention at first adds next to nothing.
+    """
+    for name, parameter in module.named_parameters(recurse=False):
+        is_matrix = isinstance(module, (nn.Linear, nn.Embedding)) and name == "weight"
+        if is_matrix or name in ("position", "segment"):
+            nn.init.trunc_normal_(parameter, std=deviation, a=-2 * deviation, b=2 * deviation)
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(parameter)
 
 
 def draw_donors(same, generator):

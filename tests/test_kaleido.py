@@ -91,6 +91,12 @@ class Shop(SimpleNamespace):
             ),
         )
 
+    def __len__(self):
+        return len(self.tokens)
+
+    def images(self, rows, device="cpu"):
+        return self.pictures[rows]
+
     def same(self, rows):
         products, texts = self.products[rows], self.captions[rows]
         return (products[:, None] == products) | (texts[:, None] == texts)
@@ -1141,3 +1147,26 @@ def test_resnet50_is_that_of_torchvisions_names_and_its_classifier_is_ignored(of
         expected = resnet50_by_names(weights, x)
         torch.testing.assert_close(model.encoder(x), expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(model.target(x), expected.softmax(1), rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_tasks_of_figure_7_are_scored_as_pair_by_pair():
+    """Accuracies counted one pair at a time, KLDs as the mean over the hidden patches; nothing else is reported."""
+    shop, model = Shop(), lively(align="none")
+    found = model.pretext(shop, lambda batch, what: data.generator(batch, what), batch=5)
+    right, items = dict.fromkeys(TASKS, 0.0), dict.fromkeys(TASKS, 0)
+    for number, rows in enumerate(torch.arange(len(shop)).split(5)):
+        plan, _ = model.plan(shop, rows, lambda what: data.generator(number, what), None, 1.0)
+        plan["other_images"] = shop.pictures[rows[plan["other"].clamp(min=0)]]
+        for i in range(len(rows)):
+            one = {name: value[i : i + 1] for name, value in plan.items()}
+            for task, (logits, target) in model.answers(shop.pictures[rows[i : i + 1]], one).items():
+                for guess, truth in zip(logits, target) if task in TASKS else ():
+                    if truth.ndim:
+                        right[task] += float((truth * (truth.log() - guess.log_softmax(0))).sum())
+                    else:
+                        right[task] += float(guess.argmax() == truth)
+                    items[task] += 1
+    assert found.keys() == set(TASKS)
+    for task in TASKS:
+        assert items[task] > 0 and found[task] == pytest.approx(right[task] / items[task], rel=1e-5), task
