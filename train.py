@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from extras import foreign, readers, report, runtime, toy, weights
+from extras import readers, report, runtime, toy, weights
 from extras.runtime import UserError, quoted
 from extras.tokenizer import Tokenizer
 from mvlt import require, require_range, require_whole, setting
@@ -55,7 +55,9 @@ class Settings:
     fit: str = setting("stretch", "How a picture becomes square: stretch (the paper) or pad.")
     vocab: str = setting("", "A vocab.txt in BERT's format; default: the data folder's, or learnt from its captions.")
     vocab_size: int = setting(8000, "Size of a learnt vocabulary.")
-    init: str = setting("", "Other people's weights to start from: PVT, BERT, BEiT or the model's authors'.")
+    init: str = setting(
+        "", "Other people's weights to start from, a file or several (a,b): PVT, BERT, ResNet-50, BEiT, the authors'."
+    )
     start: str = setting("", "A run to start from.")
     steps: int = setting(640, "Number of steps.")
     epochs: float = setting(0.0, "Number of passes over the training split, instead of --steps.")
@@ -363,22 +365,22 @@ def make_model(s, config, recipe, tokenizer, labels):
     sizes = dict(vocab_size=len(tokenizer))
     sizes |= dict(n_category=len(labels["category"]), n_subcategory=len(labels["subcategory"]))
     base, old, said = asdict(file.Config.preset(s.size)), None, "fresh weights"
-    foreign_weights = foreign.open_state_dict(s.init) if s.init else {}
+    whole, part = weights.open_init(s.model, s.init) if s.init else ({}, {})
     if s.start:
         old, said = weights.load_run(s.start)[0], f"from {s.start}"
         if old.kind != s.model:
             raise UserError(f"--from {s.start}: holds the model {old.kind}, not {s.model}")
-    elif foreign_weights and weights.is_whole(s.model, foreign_weights):
+    elif whole:
         changes = {"image_size": base["image_size"], "vocab_size": len(tokenizer), **config}
-        old, said = weights.load_whole(s.model, foreign_weights, changes), f"the authors' weights in {s.init}"
+        old, said = weights.load_whole(s.model, whole, changes), f"the authors' weights in {s.init}"
     if old:
         base = asdict(old.config)
     with runtime.usage_errors():
         model = kind(file.Config(**{**base, **sizes, **config}), file.Recipe(**recipe))
     if old:
         transplant(old, model, heads_too=old.labels == labels)
-    elif foreign_weights:
-        weights.load_part(s.model, model, foreign_weights)
+    if part:
+        weights.load_part(s.model, model, part)
         said = f"the weights in {s.init}"
     model.vocabulary, model.labels, model.recompute = tokenizer.words, labels, s.recompute
     return model, said

@@ -20,6 +20,7 @@ import mvlt
 import vlmo
 from extras import runtime
 from extras.foreign import load_pvt, read
+from extras.kaleido_weights import open_arrays
 from extras.runtime import UserError, quoted
 from extras.tokenizer import Tokenizer
 from mvlt import load_official
@@ -191,24 +192,29 @@ def fit_moments(moments, parameter):
 
 # --- --init: other people's weights. A whole checkpoint brings its configuration, a part fills a fresh model. ---
 
-WHOLE = {  # model -> (a key that only its authors' checkpoint has, the function that builds the model)
+WHOLE = {  # model -> (how a key ends that only its authors' checkpoint has, the function that builds the model)
     "mvlt": ("text_embeddings.word_embeddings.weight", mvlt.load_official),
-    "kaleido": ("bert/embeddings/word_embeddings", kaleido.load_official),
+    "kaleido": ("bert/position_dense", kaleido.load_official),
     "vlmo": ("transformer.cls_token", vlmo.load_official),
 }
-PART = {"mvlt": load_pvt, "kaleido": kaleido.load_bert, "vlmo": vlmo.load_beit}
+PART = {"mvlt": load_pvt, "kaleido": kaleido.load_parts, "vlmo": vlmo.load_beit}
 
 
-def is_whole(kind, foreign_weights):
-    """Whether the state dict is the checkpoint of the model's authors."""
-    return any(name.endswith(WHOLE[kind][0]) for name in foreign_weights)
+def open_init(kind, paths):
+    """One file or several, with commas between -> {key: tensor} of the authors' checkpoint, and of the other files."""
+    whole, part = {}, {}
+    for path in paths.split(","):
+        found = open_arrays(path)
+        is_whole = any(name.endswith(WHOLE[kind][0]) for name in found)
+        (whole if is_whole else part).update(found)
+    return whole, part
 
 
-def load_whole(kind, foreign_weights, changes):
+def load_whole(kind, whole, changes):
     """The authors' checkpoint as a model."""
-    return WHOLE[kind][1](foreign_weights, **changes)
+    return WHOLE[kind][1](whole, **changes)
 
 
-def load_part(kind, model, foreign_weights):
-    """Put PVT's, BERT's or BEiT's weights into a fresh model. Returns {their key: what became of it}."""
-    return PART[kind](model, foreign_weights)
+def load_part(kind, model, part):
+    """Put PVT's, BERT's, ResNet-50's or BEiT's weights into a model. Returns {their key: what became of it}."""
+    return PART[kind](model, part)

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -417,3 +418,17 @@ def test_weights_are_read_from_a_file_as_from_a_dict_and_nothing_else_is_taken(t
     for nothing in ({}, {"model": {}}, {"a": 1}, tmp_path / "list.pth"):
         with pytest.raises(ValueError, match="must be a state dict|must hold a dict"):
             checkpoints.load_pvt(models[0], nothing)
+
+
+def test_of_several_files_the_authors_checkpoint_is_told_from_bert_and_resnet(tmp_path):
+    bert = {"bert/embeddings/word_embeddings": np.zeros((3, 2), np.float32)}
+    resnet = {"conv1.weight": torch.ones(1)}
+    np.savez(tmp_path / "bert.npz", **bert)
+    np.savez(tmp_path / "authors.npz", **bert, **{"bert/position_dense": np.zeros((5, 2), np.float32)})
+    torch.save(resnet, tmp_path / "resnet.pth")
+    whole, part = checkpoints.open_init("kaleido", f"{tmp_path}/bert.npz,{tmp_path}/resnet.pth")
+    assert whole == {} and part.keys() == bert.keys() | resnet.keys()
+    whole, part = checkpoints.open_init("kaleido", f"{tmp_path}/resnet.pth,{tmp_path}/authors.npz")
+    assert whole.keys() == bert.keys() | {"bert/position_dense"} and part.keys() == resnet.keys()
+    with pytest.raises(ValueError, match="absent.npz"):
+        checkpoints.open_init("kaleido", f"{tmp_path}/absent.npz")
