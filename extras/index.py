@@ -15,6 +15,7 @@ Letters: N pictures in the index, n in a part, E width of the vectors.
 import bisect
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -98,7 +99,8 @@ def read_json(file, form):
 def read_head(path):
     """What index.json says: the folder, the hash of the weights, the keys of the parts."""
     folder, weights, keys = read_json(path / "index.json", HEAD)
-    if not keys or not all(type(key) is str and KEY.fullmatch(key) for key in keys):
+    good = keys and all(type(key) is str and KEY.fullmatch(key) for key in keys)
+    if not good or not is_path(folder):
         raise damaged(path / "index.json")
     return folder, weights, keys
 
@@ -115,7 +117,15 @@ def is_row(row):
     """Whether it is three texts, the first of them a file that lies below the index's folder."""
     if type(row) is not list or [type(value) for value in row] != [str, str, str]:
         return False
-    return not row[0].startswith("/") and ".." not in row[0].split("/")
+    return is_path(row[0]) and not row[0].startswith("/") and ".." not in row[0].split("/")
+
+
+def is_path(text):
+    """Whether a file may have this name."""
+    try:
+        return bool(os.fsencode(text)) and "\0" not in text
+    except UnicodeEncodeError:
+        return False
 
 
 def read_vectors(path, key):

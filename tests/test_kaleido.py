@@ -78,8 +78,10 @@ class Shop(SimpleNamespace):
 
     def __init__(self, n=12, seed=0):
         lengths = torch.randint(3, SMALL.text_len + 1, (n,), generator=gen(seed)).tolist()
+        tokens = captions(lengths, seed)
+        tokens[:, 1] = 5 + torch.arange(n) // 2 % (n // 2 - 1)  # captions with different numbers are different
         super().__init__(
-            tokens=captions(lengths, seed),
+            tokens=tokens,
             products=torch.arange(n) // 2,  # two pictures a product
             captions=torch.arange(n) // 2 % (n // 2 - 1),  # the first and the last product share their caption
             categories=torch.randint(-1, 3, (n,), generator=gen(seed + 1)),

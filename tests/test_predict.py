@@ -534,6 +534,7 @@ HEAD = {"folder": "x", "weights": "x", "parts": ["0" * 16]}
     ("index.json", json.dumps({**HEAD, "parts": [7]})),
     ("index.json", json.dumps({**HEAD, "parts": []})),
     ("index.json", json.dumps({**HEAD, "folder": ["x"]})),
+    ("index.json", json.dumps({**HEAD, "folder": "\ud800"})),
     ("index.json", json.dumps({**HEAD, "parts": ["0" * 16], "more": 1})),
     ("*.json", "{}"),
     ("*.json", json.dumps({"rows": [], "bad": {}})),
