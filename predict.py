@@ -251,8 +251,8 @@ def rebuild(run, image, text="", hide=0.5, seed=0):
         original = data.to_floats(open_one(run, image), device)
         masked, hidden = evaluation.hide(original, [0], recipe.mask_style, hide, recipe.mask_unit, seed)
         rebuilt = evaluation.rebuild(run.model, masked, tokens.to(device))
-    shown = {"hidden": original.masked_fill(hidden, 0.5), "rebuilt": rebuilt, "original": original}
-    result = {name: (one[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy() for name, one in shown.items()}
+    sheet = evaluation.rebuilt_sheet(original, hidden, rebuilt)  # (3 H, W, 3)
+    result = dict(zip(("hidden", "rebuilt", "original"), np.split(sheet, 3)))
     floor = evaluation.fill_with_mean(original, hidden)
     result["psnr"], result["floor"] = (evaluation.psnr(one, original, hidden).item() for one in (rebuilt, floor))
     return result | {"share": hidden.float().mean().item()}
