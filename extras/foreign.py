@@ -41,9 +41,9 @@ def check_archive(path):
         raise UserError(f"{path}: no such file")
     if not os.path.isfile(path):
         raise UserError(f"{path}: not a regular file")
-    if not zipfile.is_zipfile(path):
-        return  # PyTorch's format before 2020, which has neither sizes nor checksums
     try:
+        if not zipfile.is_zipfile(path):
+            return  # PyTorch's format before 2020, which has neither sizes nor checksums
         with zipfile.ZipFile(path) as archive:
             declared = sum(entry.file_size for entry in archive.infolist())
             if declared > os.path.getsize(path):
