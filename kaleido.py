@@ -537,8 +537,15 @@ def align(captioner, framed, tokens, alignable, way="told"):
 
 @in_fp32
 def strongest(maps, aligned):
-    """The pairs (position, patch) of each row, from the maps (B, L, g, g) of the words that are `aligned` (B, L)."""
-    best = [level(k).start + masses(maps, k).flatten(2).argmax(2) for k in HIDDEN]  # (B, L) each
+    """
+    The pairs (position, patch) of each row, from the maps (B, L, g, g) of the words that are `aligned` (B, L). Of
+    patches with the same attention, rounding aside (those of a plain backdrop), the first is taken.
+    """
+    best = []
+    for k in HIDDEN:
+        mass = masses(maps, k).flatten(2)  # (B, L, k^2)
+        most = mass > mass.amax(2, keepdim=True) - 1e-5
+        best.append(level(k).start + most.int().argmax(2))  # (B, L)
     best = torch.stack(best, dim=2).tolist()
     pairs = [[] for _ in best]
     for row, position in aligned.nonzero().tolist():

@@ -73,7 +73,7 @@ def run(main):
 def leave(script, error, status):
     """Print the one line and end this process with `status`. Under torchrun the line also names the process."""
     who = f"{script}, process {process_index()}" if world() > 1 else script
-    tqdm.write(f"{who}: {error}", file=sys.stderr)
+    tqdm.write(f"{who}: {error}\n", file=sys.stderr, end="")  # one write: processes share the terminal
     sys.exit(status)
 
 

@@ -510,6 +510,15 @@ def test_a_map_of_one_cell_gives_the_patches_that_hold_it(row, column):
         assert min(overlaps) >= 1 / 16 - 1e-6  # half of the cell, or more, lies in that band
 
 
+@given(SEEDS)
+def test_rounding_does_not_choose_among_patches_of_the_same_attention(seed):
+    flat = torch.full((1, 3, 8, 8), 1 / 64, dtype=torch.float64)
+    noise = 1e-9 * torch.rand(flat.shape, generator=gen(seed), dtype=torch.float64)
+    said = torch.ones(1, 3, dtype=torch.bool)
+    first = [(position, level(k).start) for position in range(3) for k in (3, 4, 5)]
+    assert kaleido.strongest(flat, said) == kaleido.strongest(flat + noise, said) == [first]
+
+
 @pytest.mark.parametrize("way", ["told", "forced"])
 @given(seed=SEEDS)
 def test_alignable_words_that_the_captioner_says_get_the_patches_of_their_map(way, seed):
