@@ -169,11 +169,12 @@ class Recipe:
 DEMO = dict(size="nano", steps=600, batch_size=64, lr=1e-3, final_lr=5e-5, warmup=0.1, weight_decay=1e-4, clip=1.0)
 PAPER = dict(  # Sec. 4.1; batch, epochs, Adam's second beta and clipping from the authors' scripts
     size="base", vocab_size=30522, objectives="sat,mlm,itm,rr,jps,cp,g2cm,b2cm", align="told", unmasked_itm=False,
-    drop_caption=0.0, epochs=25.0, batch_size=256, lr=2e-5, final_lr=0.0, warmup=0.1, weight_decay=1e-4, beta2=0.98,
-    clip=1.0, mirror=0.0, shift=0, zoom=0.0, workers=4, save_every=1000,
+    drop_caption=0.0, epochs=25.0, batch_size=256, optimizer="adamw", lr=2e-5, final_lr=0.0, warmup=0.1,
+    weight_decay=1e-4, beta2=0.98, clip=1.0, mirror=0.0, shift=0, zoom=0.0, workers=4, save_every=1000,
 )
-RECOGNISE = dict(objectives="cr", lr=1e-4)  # both heads in one run; the authors fine-tune once for CR and once for SUB
-CAPTION = dict(objectives="caption", lr=1e-4)
+# both heads in one run; the authors fine-tune once for CR and once for SUB
+RECOGNISE = dict(objectives="cr", optimizer="adamw", lr=1e-4)
+CAPTION = dict(objectives="caption", optimizer="adamw", lr=1e-4)
 RECIPES = {"demo": DEMO, "paper": PAPER, "recognise": RECOGNISE, "caption": CAPTION}
 
 
@@ -544,7 +545,7 @@ def strongest(maps, aligned):
     best = []
     for k in HIDDEN:
         mass = masses(maps, k).flatten(2)  # (B, L, k^2)
-        most = mass > mass.amax(2, keepdim=True) - 1e-5
+        most = mass > mass.amax(2, keepdim=True) - 1e-6
         best.append(level(k).start + most.int().argmax(2))  # (B, L)
     best = torch.stack(best, dim=2).tolist()
     pairs = [[] for _ in best]
@@ -622,6 +623,10 @@ class Kaleido(nn.Module):
     """Kaleido-BERT. `vocabulary` and `labels` (the words and the class names, in id order) travel with its weights."""
 
     kind = "kaleido"
+    ends = (  # layers that read pixels or places, or give an answer
+        "encoder.layers.0.", "place.", "match_head", "rotation_head", "jigsaw_head", "camouflage_head", "recolour_head",
+        "repaint_head", "category_head", "captioner.look.0.", "captioner.energy", "captioner.gate", "captioner.out",
+    )
     heads = {  # objective -> the parameters that it alone trains, or shares with one other objective
         "sat": ("captioner.",),
         "mlm": ("word_head.",),

@@ -122,7 +122,11 @@ class Config:
 
 
 PRESETS = {
-    # nano is ours, for a laptop: PVT's reductions halved, which at 64 px leaves 16 patches as keys in stages 1 to 3
+    # pico and nano are ours, for a laptop: PVT's reductions halved, which at 64 px leaves 16 patches as keys
+    "pico": dict(
+        dims=(32, 64, 96, 128), heads=(1, 2, 3, 4), mlp_ratios=(4, 4, 4, 4), sr_ratios=(4, 2, 1, 1), token_dim=128,
+        image_size=64, text_len=48, embed_dim=128,
+    ),
     "nano": dict(
         dims=(32, 64, 160, 256), sr_ratios=(4, 2, 1, 1), token_dim=256, image_size=64, text_len=48
     ),
@@ -209,15 +213,15 @@ class Recipe:
 
 PAPER = dict(  # Sec. 4.1; epochs, warm-up and final learning rate from the authors' code
     size="tiny", vocab_size=30522, objectives="mir,itm,mlm", mask_pictures=0.5, unmasked_itm=False, itm_from=0.0,
-    drop_caption=0.0, epochs=150.0, batch_size=1200, lr=2.5e-3, final_lr=1e-5, warmup=5 / 150, mirror=0.0, shift=0,
-    zoom=0.0, workers=4, save_every=1000,
+    drop_caption=0.0, epochs=150.0, batch_size=1200, optimizer="adamw", lr=2.5e-3, final_lr=1e-5, warmup=5 / 150,
+    mirror=0.0, shift=0, zoom=0.0, workers=4, save_every=1000,
 )
 PLUS = PAPER | dict(  # not in the paper: towers first, hard negatives late, augmentation
     objectives="mir,itm,mlm,itc", mask_pictures=0.25, unmasked_itm=True, itm_from=0.4, hard_from=0.6, group_window=8,
     drop_caption=0.2, mirror=0.5, shift=3, zoom=0.2, lr=1e-3,
 )
-RECOGNISE = dict(objectives="cr", mask_pictures=0.0, lr=5e-4)  # Sec. 3.3: fine-tune the whole encoder for M-CR and S-CR
-RECIPES = {"demo": {}, "paper": PAPER, "plus": PLUS, "recognise": RECOGNISE}
+RECOGNISE = dict(objectives="cr", mask_pictures=0.0, optimizer="adamw", lr=5e-4)  # Sec. 3.3: fine-tune the encoder
+RECIPES = {"demo": dict(size="pico"), "paper": PAPER, "plus": PLUS, "recognise": RECOGNISE}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -463,6 +467,7 @@ class MVLT(nn.Module):
     """`vocabulary` (words in id order) and `labels` (class names in id order) travel with the weights."""
 
     kind = "mvlt"
+    ends = ("stages.0.embed_image", "decoder.pixels", ".classify")  # layers that read pixels or give an answer
     heads = {  # objective -> prefixes of the parameters that only it trains
         "mir": ("decoder.",),
         "itm": ("match_head.",),

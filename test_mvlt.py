@@ -169,7 +169,7 @@ def test_an_impossible_value_is_refused_with_the_setting_the_rule_and_the_value(
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match="size must be one of nano, tiny, small, medium, large, got 'huge'"):
+    with pytest.raises(ValueError, match="size must be one of pico, nano, tiny, small, medium, large, got 'huge'"):
         Config.preset("huge")
 
 
@@ -1151,5 +1151,5 @@ def test_the_table_counts_the_multiply_adds_that_a_formula_gives(preset):
             2 * S * D * D + 2 * keys * D * D + 2 * S * keys * D + 2 * S * hidden * D * D + (N * D * D if R > 1 else 0)
         )
         embed = L * (c.dims[k - 1] if k else c.token_dim) * D + N * (4 * c.dims[k - 1] if k else 48) * D
-        assert rows[f"stage {k + 1}"][5] * 1e6 == embed + c.depths[k] * block
+        assert rows[f"stage {k + 1}"][5] * 1e6 == pytest.approx(embed + c.depths[k] * block)
         assert rows[f"stage {k + 1}"][1:3] == (f"{D} x {c.side(k)} x {c.side(k)}", f"{L} x {D}")

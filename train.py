@@ -31,6 +31,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from extras import readers, report, runtime, toy, weights
+from extras.muon import Muon
 from extras.runtime import UserError, quoted
 from extras.tokenizer import Tokenizer
 from mvlt import require, require_range, require_whole, setting
@@ -44,7 +45,7 @@ LARGE_TENSOR = 100 << 20  # bytes; larger tensors go back to the system, because
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. The defaults are the demo's: a nano model and the toy shop on a laptop."""
+    """One run. The defaults are the demo's: a pico model and the toy shop on a laptop."""
 
     model: str = setting("mvlt", "Model: mvlt, kaleido or vlmo.")
     size: str = setting("nano", "Size of the model: nano, and what its file's PRESETS name.")
@@ -59,11 +60,12 @@ class Settings:
         "", "Other people's weights to start from, a file or several (a,b): PVT, BERT, ResNet-50, BEiT, the authors'."
     )
     start: str = setting("", "A run to start from.")
-    steps: int = setting(640, "Number of steps.")
+    steps: int = setting(300, "Number of steps.")
     epochs: float = setting(0.0, "Number of passes over the training split, instead of --steps.")
     batch_size: int = setting(128, "Global batch size G, over all processes.")
     micro_batch: int = setting(0, "Gradient accumulation: most pairs in memory at once per process (0: no limit).")
-    lr: float = setting(5e-4, "Peak learning rate.")
+    optimizer: str = setting("muon", "muon (AdamW for embeddings, vectors, first and last layers) or adamw.")
+    lr: float = setting(4e-3, "Peak learning rate.")
     final_lr: float = setting(1e-4, "Learning rate at the end of the cosine.")
     warmup: float = setting(0.05, "Share of the steps over which the learning rate rises.")
     weight_decay: float = setting(1e-4, "AdamW's weight decay of matrices; norms and biases have none.")
@@ -77,7 +79,7 @@ class Settings:
     recompute: bool = setting(False, "Recompute activations in the backward pass: less memory, a third more work.")
     workers: int = setting(0, "Loader processes.")
     log_every: int = setting(20, "Log every so many steps.")
-    save_every: int = setting(160, "Validate and save every so many steps.")
+    save_every: int = setting(100, "Validate and save every so many steps.")
 
     def __post_init__(self):
         for field in fields(self):
@@ -92,6 +94,7 @@ class Settings:
         require(self.size in file.PRESETS, "--size", f"must be one of {', '.join(file.PRESETS)}", self.size)
         require(self.preset in file.RECIPES, "--preset", f"must be one of {', '.join(file.RECIPES)}", self.preset)
         require(self.fit in ("stretch", "pad"), "--fit", "must be stretch or pad", self.fit)
+        require(self.optimizer in ("muon", "adamw"), "--optimizer", "must be muon or adamw", self.optimizer)
         require_whole(self, dict(batch_size=1, log_every=1, save_every=1, vocab_size=6, seed=0, shift=0, workers=0))
         require_whole(self, dict(micro_batch=0, steps=0))
         require_range(self, ("mirror", "warmup"), 0, 1)
@@ -328,11 +331,22 @@ def freeze_all_but(model, names):
 
 
 def make_optimizer(model, s):
-    """AdamW; vectors (norms and biases) are not decayed, and parameters without gradient get no step."""
+    """
+    AdamW; with --optimizer muon, Muon for the hidden matrices: the weights of linear layers and convolutions, except
+    the model's `ends`. Vectors (norms and biases) are not decayed, and parameters without gradient get no step.
+    """
+    hidden = set()
+    for name, module in model.named_modules():
+        is_end = any(part in f"{name}." for part in model.ends)
+        if s.optimizer == "muon" and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not is_end:
+            hidden.add(module.weight)
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), fused=True)
+    groups = [
+        dict(params=[p for p in matrices if p in hidden], weight_decay=s.weight_decay, orthogonal=True),
+        dict(params=[p for p in matrices if p not in hidden], weight_decay=s.weight_decay, orthogonal=False),
+        dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0, orthogonal=False),
+    ]
+    return Muon(groups, lr=s.lr, betas=(0.9, s.beta2), fused=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

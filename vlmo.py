@@ -163,8 +163,8 @@ class Recipe:
 
 PAIRS = dict(  # stage 3, the authors' command for base
     size="base", objectives="itc,itm,mlm", image_until=0.0, text_until=0.0, itm_from=0.0, hard=1.0, steps=200_000,
-    batch_size=1024, lr=2e-4, final_lr=0.0, warmup=2_500 / 200_000, weight_decay=0.01, beta2=0.98, clip=1.0,
-    mirror=0.5, shift=3, zoom=0.2, vocab_size=30522, workers=4, save_every=1000,
+    batch_size=1024, optimizer="adamw", lr=2e-4, final_lr=0.0, warmup=2_500 / 200_000, weight_decay=0.01, beta2=0.98,
+    clip=1.0, mirror=0.5, shift=3, zoom=0.2, vocab_size=30522, workers=4, save_every=1000,
 )
 RECIPES = {
     "demo": dict(
@@ -378,6 +378,7 @@ class VLMo(nn.Module):
     """`vocabulary` (words in id order) and `labels` (class names in id order) travel with the weights."""
 
     kind = "vlmo"
+    ends = ("patches.", "pixel_head", "match_head", "category_head.3", "decoder")  # read pixels or give an answer
     heads = {}  # `trained` is written out by stages
 
     def __init__(self, config, recipe=None):

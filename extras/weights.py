@@ -164,13 +164,13 @@ def check_training_state(path, contents, settings):
 
 
 def load_optimizer(path, optimizer, state):
-    """Restore AdamW's moments and counts of steps, checked; its settings are those of the run."""
+    """Restore the optimiser's moments and counts of steps, checked; its settings are those of the run."""
     own = optimizer.state_dict()["param_groups"]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [(p, group["orthogonal"]) for group in optimizer.param_groups for p in group["params"]]
     try:
         good = [group["params"] for group in state["param_groups"]] == [group["params"] for group in own]
         for number, moments in state["state"].items():
-            good = good and type(number) is int and fit_moments(moments, parameters[number])
+            good = good and type(number) is int and fit_moments(moments, *parameters[number])
     except (AttributeError, IndexError, KeyError, TypeError):
         good = False
     if not good:
@@ -178,16 +178,19 @@ def load_optimizer(path, optimizer, state):
     optimizer.load_state_dict({"state": state["state"], "param_groups": own})
 
 
-def fit_moments(moments, parameter):
-    """Whether these are AdamW's two moments of a parameter, and its count of steps."""
-    shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+def fit_moments(moments, parameter, orthogonal):
+    """Whether these are the moments of a parameter, one of Muon or two of AdamW, and its count of steps."""
+    shapes = {"step": torch.Size(), "exp_avg": parameter.shape}
+    if not orthogonal:
+        shapes["exp_avg_sq"] = parameter.shape
     if moments.keys() != shapes.keys():
         return False
     for name, value in moments.items():
         good = is_plain(value) and value.shape == shapes[name] and value.is_floating_point()
         if not good or not value.isfinite().all():
             return False
-    return bool(moments["step"] >= 0 and (moments["exp_avg_sq"] >= 0).all())
+    squares = moments.get("exp_avg_sq", moments["step"])
+    return bool(moments["step"] >= 0 and (squares >= 0).all())
 
 
 # --- --init: other people's weights. A whole checkpoint brings its configuration, a part fills a fresh model. ---
