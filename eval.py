@@ -20,6 +20,7 @@ A row whose class the run never saw counts as an error. Other departures are tho
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -649,9 +650,39 @@ def measure(args, run, draws):
         elif task == "pretext":
             with runtime.evaluating(model):
                 results[task] = model.pretext(split, functools.partial(data.generator, args.seed, "pretext"))
+            if "sat" in model.recipe.weights:
+                figures += report.alignment_figure(draw_aligned_words(model, split))
         else:
             results[task] = full_gallery(model, split, towers, args.queries, args.best, args.seed, size, what)
     return results, figures
+
+
+def alignment(model, images, tokens):
+    """
+    Where a model sees each word: for each pair [(word, its patches, its heat), ...], and the boxes (B, 4) that the
+    heats (g, g) cover. Patches (n, 4) and boxes are x1, x2, y1, y2 as shares of the picture's sides.
+    """
+    places, pairs, maps = model.align(images, tokens)
+    places, maps, found = places[..., :4].float().cpu().numpy(), maps.float().cpu().numpy(), []
+    for row, of_row in enumerate(pairs):
+        found.append([])
+        for position, of_word in itertools.groupby(sorted(of_row), key=lambda pair: pair[0]):
+            patches = places[row][[patch for _, patch in of_word]]
+            found[row].append((model.vocabulary[tokens[row, position]], patches, maps[row, position]))
+    return found, places[:, 0]
+
+
+def draw_aligned_words(model, split, shown=8, limit=64):
+    """{word: a picture of where the model sees it}, each in another of the first pictures."""
+    rows, drawn = torch.arange(min(limit, len(split))), {}
+    with runtime.evaluating(model) as device:
+        found, boxes = alignment(model, split.images(rows, device), data.trim(split.tokens[rows]).to(device))
+    for row, words in enumerate(found):
+        new = [one for one in words if one[0] not in drawn]
+        if new and len(drawn) < shown:
+            image = Image.fromarray(split.pictures[row]).resize((240, 240))
+            drawn[new[0][0]] = np.asarray(report.draw_word(image, boxes[row], *new[0]))
+    return drawn
 
 
 def measure_recognition(model, split, batch_size, what):

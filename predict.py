@@ -35,13 +35,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 import data
 import eval as evaluation
 from extras import index as index_files
-from extras import pictures, readers, runtime, weights
+from extras import pictures, readers, report, runtime, weights
 from extras.runtime import UserError, at_least, quoted
 
 BATCH = 64  # pictures or pairs in a forward pass
@@ -290,12 +290,8 @@ def align(run, image, text):
     needs(run, "align")
     tokens = words(run, [text])
     with inference(run) as device:
-        places, pairs, maps = run.model.align(data.to_floats(open_one(run, image), device), tokens.to(device))
-    places, heats, found = places[0, :, :4].float().cpu().numpy(), maps[0].float().cpu().numpy(), []
-    for position, of_word in itertools.groupby(sorted(pairs[0]), key=lambda pair: pair[0]):
-        patches = places[[patch for _, patch in of_word]]
-        found.append((run.tokenizer.words[tokens[0, position]], patches, heats[position]))
-    return found, places[0]
+        found, boxes = evaluation.alignment(run.model, data.to_floats(open_one(run, image), device), tokens.to(device))
+    return found[0], boxes[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -524,21 +520,8 @@ def show_align(run, args):
     table(("word", "peak heat over mean", "patches"), *rows)
     original = Image.fromarray(open_one(run, args.image)[0].numpy()).resize((240, 240))
     out = args.out or f"{Path(args.image).stem}-aligned.png"
-    save_strip([original, *(draw_word(original.copy(), box, *of_word) for of_word in found)], out)
+    save_strip([original, *(report.draw_word(original.copy(), box, *of_word) for of_word in found)], out)
     print(f"the picture, then each word's heat and patches: {out}")
-
-
-def draw_word(image, box, word, patches, heat):
-    """Darken a square picture where the word has little heat, outline the word's patches, and write the word."""
-    side, draw = image.width, ImageDraw.Draw(image)
-    x1, x2, y1, y2 = (side * box).round().astype(int).tolist()
-    shade = Image.fromarray((200 * (1 - heat / heat.max())).astype(np.uint8)).resize((x2 - x1, y2 - y1))
-    image.paste("black", (x1, y1), shade)
-    colours = itertools.cycle(("red", "yellow", "cyan"))
-    for (left, right, top, bottom), colour in zip((side * patches).tolist(), colours):
-        draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=2)
-    draw.text((6, 6), word, "white", stroke_width=1, stroke_fill="black")
-    return image
 
 
 def show_index(run, args):

@@ -8,11 +8,12 @@ results.json; pictures are uint8 arrays (H, W, 3), embedded in the page as data 
 import base64
 import html
 import io
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 DIRECTIONS = {"tir": "text to picture (TIR)", "itr": "picture to text (ITR)"}
 METHODS = {"fusion": "fusion encoder", "towers": "towers alone", "reranked": "towers, then both"}
@@ -424,3 +425,24 @@ def captioning_figure(split, said, shown=8):
     cards = [example(split, row, [plain(text, "div", "good")]) for row, text in list(said.items())[:shown]]
     return [plain("Captioning", "h2", ""), plain("Coloured: what the run says. Grey: the picture's own caption."),
             tag("div", *cards, kind="cards")]
+
+
+def alignment_figure(pictures):
+    """Where Kaleido-BERT's captioner looks. pictures: {word: picture}, as `draw_word` makes them."""
+    legend = ("Words of the captions that the captioner says, each in another picture: dark where it does not look "
+              "when it says the word, outlined the patches of levels 3, 4 and 5 with the most of its attention.")
+    tiles = [picture(image, word) for word, image in pictures.items()]
+    return [plain("Words and patches (AAG)", "h2", ""), plain(legend), tag("div", *tiles, kind="card")]
+
+
+def draw_word(image, box, word, patches, heat):
+    """Darken a square picture where the word has little heat, outline the word's patches, and write the word."""
+    side, draw = image.width, ImageDraw.Draw(image)
+    x1, x2, y1, y2 = (side * box).round().astype(int).tolist()
+    shade = Image.fromarray((200 * (1 - heat / heat.max())).astype(np.uint8)).resize((x2 - x1, y2 - y1))
+    image.paste("black", (x1, y1), shade)
+    colours = itertools.cycle(("red", "yellow", "cyan"))
+    for (left, right, top, bottom), colour in zip((side * patches).tolist(), colours):
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=2)
+    draw.text((6, 6), word, "white", stroke_width=1, stroke_fill="black")
+    return image

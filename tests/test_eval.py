@@ -709,6 +709,23 @@ def test_captions_and_the_tasks_of_pre_training_are_measured_where_a_model_has_t
     assert results["rr,jps"]["pretext"] == {"rr": data.generator(0, "pretext", "x").initial_seed()}
 
 
+def test_the_report_shows_each_aligned_word_once_in_a_picture_of_its_own(store, tmp_path):
+    sizes = dict(image_size=32, text_len=16, vocab_size=len(store.tokenizer), width=16, depth=1, heads=2)
+    config = kaleido.Config(**sizes, patch_side=8, encoder="conv", feature_dim=8, sat_dim=8, sat_grid=4)
+    model = store.finish(kaleido.Kaleido, config, kaleido.Recipe(objectives="sat,rr", align="forced"))
+    model.alignable.fill_(True)
+    said = store.split.tokens[0, 3].item()  # the captioner says nothing else
+    model.captioner.out.bias.data[said] = 1e4
+    word = store.tokenizer.words[said]
+    drawn = evaluation.draw_aligned_words(model, store.split)
+    assert drawn.keys() == {word} and drawn[word].shape == (240, 240, 3)
+    assert len(evaluation.draw_aligned_words(model, store.split, shown=0)) == 0
+    model.labels = {"category": [], "subcategory": []}
+    run = store.write_run(tmp_path / "run", model)
+    run_main(run)
+    assert f'alt="{word}"' in (run / "report.html").read_text()
+
+
 def test_lists_are_drawn_for_a_folder_without_any_run(store, tmp_path, capsys):
     run_main("--draw-lists", store.folder, "--seed", 1, "--queries", 9, "--out", tmp_path / "lists.json")
     wanted = evaluation.candidates(store.split.rows, 9, seed=1)
