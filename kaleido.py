@@ -166,7 +166,7 @@ class Recipe:
         return parse_objectives(self.objectives, OBJECTIVES)
 
 
-DEMO = dict(size="nano", steps=600, batch_size=64, lr=1e-3, final_lr=5e-5, warmup=0.1, weight_decay=1e-4, clip=1.0)
+DEMO = dict(size="nano", steps=600, batch_size=64, lr=3e-3, final_lr=5e-5, warmup=0.1, weight_decay=1e-4, clip=1.0)
 PAPER = dict(  # Sec. 4.1; batch, epochs, Adam's second beta and clipping from the authors' scripts
     size="base", vocab_size=30522, objectives="sat,mlm,itm,rr,jps,cp,g2cm,b2cm", align="told", unmasked_itm=False,
     drop_caption=0.0, epochs=25.0, batch_size=256, optimizer="adamw", lr=2e-5, final_lr=0.0, warmup=0.1,

@@ -168,7 +168,7 @@ PAIRS = dict(  # stage 3, the authors' command for base
 )
 RECIPES = {
     "demo": dict(
-        size="nano", steps=600, batch_size=64, lr=5e-4, final_lr=5e-5, warmup=0.05, weight_decay=1e-4, clip=1.0
+        size="nano", steps=600, batch_size=64, lr=4e-3, final_lr=5e-5, warmup=0.05, weight_decay=1e-4, clip=1.0
     ),
     # the paper's three runs, each started with --from the one before
     "image": PAIRS | dict(objectives="mim", epochs=150.0, lr=1e-3, warmup=0.01),
