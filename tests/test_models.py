@@ -301,6 +301,24 @@ RUN = {  # the end of each stage falls into the six steps
 every_model = pytest.mark.parametrize("name", list(weights.FILES))
 
 
+@every_model
+def test_muon_trains_the_hidden_matrices_and_adamw_all_else(shop, name):
+    model = make_model(name, {}, open_shop(shop)["pairs"])
+    layers = dict(model.named_modules())
+    for end in model.ends:
+        assert any(end in f"{layer}." for layer in layers), end  # none is misspelt
+    for optimizer in ("muon", "adamw"):
+        groups = train.make_optimizer(model, train.Settings(model=name, optimizer=optimizer)).param_groups
+        grouped = [parameter for group in groups for parameter in group["params"]]
+        assert len(grouped) == len(set(grouped)) and set(grouped) == set(model.parameters())
+        turned = {parameter for group in groups if group["orthogonal"] for parameter in group["params"]}
+        hidden = set()
+        for layer, module in layers.items():
+            if type(module) in (torch.nn.Linear, torch.nn.Conv2d) and not any(end in f"{layer}." for end in model.ends):
+                hidden.add(module.weight)
+        assert turned == (hidden if optimizer == "muon" else set())
+
+
 def run_of(name, shop, *more):
     common = "--steps 6 --batch-size 6 --lr 5e-4 --log-every 1 --save-every 4 --mirror 0.5 --shift 1 --zoom 0.2"
     return ["--model", name, *flags_of(name), *RUN[name].split(), *common.split(), "--data", shop, *more]
