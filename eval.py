@@ -39,7 +39,16 @@ import data
 import mvlt
 from extras import captions, lists, readers, report, runtime, weights
 from extras.lists import WAYS, candidates
-from extras.metrics import accuracy, best_ranks, macro_f, mean_and_sd, psnr, ranks, recalls, ssim  # noqa: F401 eval.ranks
+from extras.metrics import (
+    accuracy,
+    best_ranks,
+    macro_f,
+    mean_and_sd,
+    psnr,
+    ranks,  # noqa: F401 (for those who import eval)
+    recalls,
+    ssim,
+)
 from extras.runtime import UserError, quoted
 
 TASKS = {  # task -> (objectives, any of which trains a run for it; the method that does it)

@@ -15,6 +15,7 @@ import torch
 from conftest import KINDS, make_shop
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 import data
@@ -22,7 +23,7 @@ import eval as evaluation
 import kaleido
 import mvlt
 import vlmo
-from extras import runtime, weights
+from extras import report, runtime, weights
 from extras.runtime import UserError
 
 settings.register_profile("eval", deadline=None, max_examples=25)
@@ -719,6 +720,10 @@ def test_the_report_shows_each_aligned_word_once_in_a_picture_of_its_own(store, 
     word = store.tokenizer.words[said]
     drawn = evaluation.draw_aligned_words(model, store.split)
     assert drawn.keys() == {word} and drawn[word].shape == (240, 240, 3)
+    with torch.no_grad():
+        [found], [box] = evaluation.alignment(model, store.split.images([0]), store.split.tokens[:1])
+    first = Image.fromarray(store.split.pictures[0]).resize((240, 240))
+    assert np.array_equal(drawn[word], report.draw_word(first, box, *found[0]))  # the first picture, not a later one
     assert len(evaluation.draw_aligned_words(model, store.split, shown=0)) == 0
     model.labels = {"category": [], "subcategory": []}
     run = store.write_run(tmp_path / "run", model)
