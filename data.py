@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from extras import runtime
 from extras.check import contact_sheet, folder_report
@@ -42,12 +41,14 @@ from extras.pictures import (
     cache_folder,
     join_pictures,
     list_pictures,
+    open_distinct,
     open_picture,  # noqa: F401 (for those who import data)
     open_pictures,
     picture,  # noqa: F401
 )
-from extras.readers import plain_caption, read, read_all, read_lines, settle
+from extras.readers import plain_caption, read, read_lines, settle
 from extras.runtime import UserError
+from extras.table import Captions, Rows, Texts, Words, build, open_table, open_words, tokenize
 from extras.tokenizer import SPECIAL, Tokenizer
 
 # --- A split ---
@@ -55,11 +56,11 @@ from extras.tokenizer import SPECIAL, Tokenizer
 
 @dataclass(eq=False)
 class Split:
-    """One split in memory. A pool of unpaired data is a split as well: pictures without captions, or the reverse."""
+    """One split. A pool of unpaired data is a split as well: pictures without captions, or the reverse."""
 
-    rows: list  # n dicts: image caption product_id category subcategory where
+    rows: Rows  # n dicts, each read when it is asked for: image caption product_id category subcategory where
     pictures: Pictures | None  # (n, H, W, 3) uint8, memory-mapped
-    tokens: torch.Tensor  # (n, L) int64, 0 = padding
+    tokens: Words  # tokens[rows] is (b, L) int64, 0 = padding
     products: torch.Tensor  # (n,) int64: rows of the same product have the same number
     captions: torch.Tensor  # (n,) int64: captions that are equal up to case and spaces have the same number
     groups: torch.Tensor  # (n,) int64: the number of the sub-category, -1 for none
@@ -69,6 +70,8 @@ class Split:
     labels: dict  # {"category": [...], "subcategory": [...]}: the names of the model's classes
     text_len: int  # captions are cut to this many words
     fit: str  # how pictures were made square: "stretch" or "pad"
+    references: Texts = ()  # the pictures that pictures.index numbers, as the rows name them
+    digest: int = 0  # changes with any row
 
     def __len__(self):
         return len(self.rows)
@@ -89,39 +92,56 @@ class Split:
 
 def open_split(folder, name, tokenizer, labels, image_size, text_len, fit="stretch", skip_bad=False):
     """
-    Read the split "train", "val" or "test" of a folder and decode its pictures. A bad row or picture ends the run, or
-    is left out with skip_bad. Under torchrun every process must call this; the first one decodes.
+    Open the split "train", "val" or "test" of a folder; the first time its rows become a table (extras/table.py) and
+    its pictures are decoded. A bad row or picture ends the run, or is left out with skip_bad. Under torchrun every
+    process must call this; the first one does the work.
     """
-    rows, pictures = runtime.first_then_others(lambda: load(folder, name, image_size, fit, skip_bad))
-    return make_split(rows, pictures, tokenizer, labels, text_len, fit)
+
+    def work():
+        table, pictures = load(folder, name, image_size, fit, skip_bad)
+        tokens = open_words(folder, table, tokenizer, text_len)
+        return as_split(table, tokens, pictures, tokenizer, labels, text_len, fit)
+
+    return runtime.first_then_others(work)
 
 
 def load(folder, name, size, fit="stretch", skip_bad=False):
-    """The good rows of a split, and their pictures."""
-    rows, bad = read_all(folder, name)
-    pictures, undecoded = open_pictures(folder, [row["image"] for row in rows], size, fit)
-    bad += [f"{rows[number]['where']}: {reason}" for number, reason in undecoded.items()]
-    good = [number for number in range(len(rows)) if number not in undecoded]
-    rows = settle(folder, name, [rows[number] for number in good], bad, skip_bad)
-    return rows, pictures.select(good)
+    """The table of a split's good rows, and their pictures."""
+    table, bad = open_table(folder, name)
+    pictures, undecoded = open_distinct(folder, list(table.references), table.numbers["image"], size, fit)
+    bad += [f"{table.rows[number]['where']}: {reason}" for number, reason in undecoded.items()]
+    if undecoded:
+        good = np.setdiff1d(np.arange(len(table)), list(undecoded))
+        table, pictures = table.select(good), pictures.select(good)
+    settle(folder, name, table.rows, bad, skip_bad)
+    return table, pictures
 
 
-def make_split(rows, pictures, tokenizer, labels, text_len, fit):
-    """The split of these rows."""
+def as_split(table, tokens, pictures, tokenizer, labels, text_len, fit):
+    """The split of a table."""
     return Split(
-        rows=rows,
+        rows=table.rows,
         pictures=pictures,
-        tokens=tokenize([row["caption"] for row in rows], tokenizer, text_len),
-        products=numbered([row["product_id"] for row in rows]),
-        captions=numbered([plain_caption(row["caption"]) for row in rows]),
-        groups=numbered([row["subcategory"] and f"{row['category']}/{row['subcategory']}" for row in rows]),
-        categories=class_ids(rows, "category", labels["category"]),
-        subcategories=class_ids(rows, "subcategory", labels["subcategory"]),
+        tokens=tokens,
+        products=table.ids("product_id"),
+        captions=table.ids("caption"),
+        groups=table.ids("group"),
+        categories=table.classes("category", labels["category"]),
+        subcategories=table.classes("subcategory", labels["subcategory"]),
         tokenizer=tokenizer,
         labels=labels,
         text_len=text_len,
         fit=fit,
+        references=table.references,
+        digest=table.digest,
     )
+
+
+def make_split(rows, pictures, tokenizer, labels, text_len, fit):
+    """The split of these rows."""
+    table = build(rows)
+    tokens = Words(tokenize(Captions(table.rows), tokenizer, text_len))
+    return as_split(table, tokens, pictures, tokenizer, labels, text_len, fit)
 
 
 def picture_pool(split, folder="", skip_bad=False):
@@ -162,34 +182,7 @@ def unpaired_row(where, **fields):
     return empty | {"product_id": where, "where": where} | fields
 
 
-# --- Numbers: classes, products, captions, words ---
-
-
-def class_names(rows, field):
-    """The names that the field takes in these rows, sorted: the place of a name is its class."""
-    return sorted({row[field] for row in rows} - {""})
-
-
-def class_ids(rows, field, names):
-    """Each row's class, (n,) int64: -1 if its name is missing or did not occur in training."""
-    number = {name: number for number, name in enumerate(names)}
-    return torch.tensor([number.get(row[field], -1) for row in rows], dtype=torch.int64)
-
-
-def numbered(names):
-    """(n,) int64: equal names get equal numbers, the empty name -1."""
-    number = {}
-    return torch.tensor([number.setdefault(name, len(number)) if name else -1 for name in names], dtype=torch.int64)
-
-
-def tokenize(captions, tokenizer, length):
-    """The captions as words, (n, L) int64, 0 = padding, where L is the longest of them, at most `length`."""
-    known, tokens = {}, torch.zeros(len(captions), length, dtype=torch.int64)
-    for number, caption in enumerate(tqdm(captions, "reading captions", delay=1, disable=None)):
-        if caption not in known:  # the views of a product share their caption
-            known[caption] = torch.tensor(tokenizer.encode(caption, length))
-        tokens[number] = known[caption]
-    return trim(tokens)
+# --- Words ---
 
 
 def trim(tokens):

@@ -615,7 +615,8 @@ def check_fit(run, first):
     split, t = run.split, run.split.tokenizer
     if split.rows != first.split.rows:
         raise UserError(f"{run.name}: reads other rows of the data than {first.name}; measure it alone")
-    words = split.tokens[~torch.isin(split.tokens, torch.tensor([t.pad_id, t.cls_id, t.sep_id]))]
+    words = split.tokens[:]
+    words = words[~torch.isin(words, torch.tensor([t.pad_id, t.cls_id, t.sep_id]))]
     unknown = (words == t.unk_id).double().mean().item()
     if unknown > 0.5:
         raise UserError(f"{run.name}: {100 * unknown:.0f}% of this split's words are unknown, at most half may be")

@@ -859,14 +859,16 @@ class Kaleido(nn.Module):
             loaded = bool(self.encoder.bn1.running_mean.any())
             require(loaded, "encoder", "resnet50 needs the weights of a ResNet-50; give them, or choose conv", "none")
         tokenizer, V = split.tokenizer, self.config.vocab_size
-        words = split.tokens.sort(dim=1).values
-        first = F.pad(words[:, 1:] != words[:, :-1], (1, 0), value=True)  # a word counts once a caption
-        captions = torch.bincount(words[first], minlength=V)
+        captions = torch.zeros(V, dtype=torch.int64)
+        for rows in torch.arange(len(split.tokens)).split(10_000):
+            words = split.tokens[rows].sort(dim=1).values
+            first = F.pad(words[:, 1:] != words[:, :-1], (1, 0), value=True)  # a word counts once a caption
+            captions += torch.bincount(words[first], minlength=V)
         letters = torch.zeros(V, dtype=torch.bool)
         for number, word in enumerate(tokenizer.words):
             letters[number] = word.removeprefix("##").isalpha()
         letters[list(tokenizer.special_ids)] = False
-        self.alignable.copy_(letters & (2 * captions < len(words)))
+        self.alignable.copy_(letters & (2 * captions < len(split.tokens)))
         self.captioner.ends.copy_(torch.tensor([tokenizer.cls_id, tokenizer.sep_id]))
         self.mask_id.fill_(tokenizer.mask_id)
 

@@ -147,7 +147,7 @@ def words(run, texts, warn=True):
         if warn and len(ids) > longest:
             kept = f"the first {longest - 2} of {len(ids) - 2} word pieces"
             print(f"{quoted(text, 40)}: the run reads {kept}", file=sys.stderr)
-    return data.tokenize(texts, tokenizer, longest)
+    return data.Words(data.tokenize(texts, tokenizer, longest))[:]
 
 
 def words_or_none(run, text):

@@ -14,6 +14,7 @@ any micro-batch size and a resumed run compute the same step, up to dropout and 
 
 import argparse
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -33,6 +35,7 @@ import eval as evaluation
 from extras import readers, report, runtime, toy, weights
 from extras.muon import Muon
 from extras.runtime import UserError, quoted
+from extras.table import Captions, open_table
 from extras.tokenizer import Tokenizer
 from mvlt import require, require_range, require_whole, setting
 
@@ -366,10 +369,9 @@ def find_tokenizer(s, folder, rows):
     path = Path(s.vocab) if s.vocab else Path(folder) / "vocab.txt"
     if s.vocab or path.is_file():
         return Tokenizer.load(path)
-    captions = [row["caption"] for row in rows]
-    if s.texts:
-        captions += [line for _, line in readers.read_lines(s.texts)]
-    return Tokenizer.train(captions, s.vocab_size)
+    lines = readers.read_lines(s.texts) if s.texts else ()
+    captions = itertools.chain(Captions(rows), (line for _, line in lines))
+    return Tokenizer(runtime.from_first(lambda: Tokenizer.train(captions, s.vocab_size).words))
 
 
 def make_model(s, config, recipe, tokenizer, labels):
@@ -459,17 +461,14 @@ def check_plans(model, pools, order):
 
 
 def choose_folder(args):
-    """The run's folder, and the checkpoint in it to go on from, if there is one. The first process decides for all."""
+    """The run's folder, and the checkpoint in it to go on from, if there is one."""
     if args.out:
         out = Path(args.out)
     else:
         taken = [int(path.name) for path in Path("runs").glob("*") if path.name.isdigit()]
         out = Path("runs") / str(max(taken, default=0) + 1)
     found = [path for path in (out / "last.pt", out / "best.pt") if path.exists()]  # best.pt is written first
-    chosen = [out, found[0] if found else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(chosen)
-    out, path = chosen
+    path = found[0] if found else None
     if path and not args.resume:
         raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or choose another folder")
     return out, path
@@ -505,11 +504,9 @@ def fingerprint(folder, split, samples=2000):
     A number that changes with any row or the size of any picture file, and with the pixels of pictures from all over
     the split (of every picture, if there are few). It does not change when the folder is moved.
     """
-    rows = [{**row, "where": ""} for row in split.rows]
-    number = zlib.crc32(json.dumps(rows, sort_keys=True).encode())
-    files = [os.path.join(folder, readers.file_of(row["image"])[0]) for row in split.rows]
-    sizes = [os.path.getsize(file) for file in files]
-    number = zlib.crc32(json.dumps(sizes).encode(), number)
+    files = {readers.file_of(split.references[number])[0] for number in np.unique(split.pictures.index)}
+    sizes = [os.path.getsize(os.path.join(folder, file)) for file in sorted(files)]
+    number = zlib.crc32(json.dumps(sizes).encode(), split.digest)
     for row in range(0, len(split), math.ceil(len(split) / samples)):
         number = zlib.crc32(split.pictures[[row]].tobytes(), number)
     return number
@@ -605,19 +602,21 @@ def train(args, given):
     runtime.keep_freed_memory(LARGE_TENSOR)
     device = runtime.join_processes(args.device)
     first = runtime.process_index() == 0
-    out, path = choose_folder(args)
+    out, path = runtime.from_first(lambda: choose_folder(args))
     saved, model = read_last(path) if path else (None, None)
     s, config, recipe = resolve(given, saved)
     lock = open_folder(out) if first else None  # noqa: F841 (held until the run ends)
 
     # data
     folder = find_data(s)
-    rows = readers.read_all(folder, "train")[0] or readers.read(folder, "train", args.skip_bad)
-    labels = {field: data.class_names(rows, field) for field in ("category", "subcategory")}
+    table, bad = runtime.first_then_others(lambda: open_table(folder, "train"))
+    if not len(table):
+        readers.settle(folder, "train", table.rows, bad, args.skip_bad)
+    labels = {field: table.class_names(field) for field in ("category", "subcategory")}
     if saved:
         tokenizer = Tokenizer(saved["vocabulary"], source=str(path))
     else:
-        tokenizer = weights.load_run(s.start)[1] if s.start else find_tokenizer(s, folder, rows)
+        tokenizer = weights.load_run(s.start)[1] if s.start else find_tokenizer(s, folder, table.rows)
         model, said = make_model(s, config, recipe, tokenizer, labels)
     if "cr" in model.recipe.weights and not all(labels.values()):
         raise UserError(f"recognition needs category and subcategory in {folder}; or leave cr out of --objectives")
@@ -641,7 +640,7 @@ def train(args, given):
 
     # resume
     step, best = 0, -math.inf
-    digests = {f"{name} split": fingerprint(folder, split) for name, split in splits.items()}
+    digests = runtime.from_first(lambda: {f"{name} split": fingerprint(folder, one) for name, one in splits.items()})
     if saved:
         check_resume(path, saved, {**asdict(s), **config, **recipe, **labels, **digests})
         weights.load_optimizer(path, optimizer, saved["optimizer"])

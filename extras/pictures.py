@@ -227,8 +227,13 @@ def open_pictures(folder, references, size, fit="stretch"):
     The pictures of n rows, whose "image" are the references, and {row number: reason} for those that cannot be decoded.
     They come out of the cache, which is built first if it is missing or damaged.
     """
+    distinct, index = np.unique(np.array(references, object), return_inverse=True)
+    return open_distinct(folder, distinct.tolist(), index, size, fit)
+
+
+def open_distinct(folder, distinct, index, size, fit):
+    """The same for rows of which row i shows the picture distinct[index[i]]; the distinct references are sorted."""
     check_shape(size, fit)
-    distinct = sorted(set(references))
     shape, name = (len(distinct), size, size, 3), cache_name(folder, distinct, size, fit)
     path = Path(folder) / ".cache" / name
     bad = open_cache(path, shape, distinct) if is_folder(path.parent) else None
@@ -237,9 +242,9 @@ def open_pictures(folder, references, size, fit="stretch"):
         bad = open_cache(path, shape, distinct)
     if bad is None:
         bad = build_cache(path, folder, distinct, size, fit)
-    number = {reference: number for number, reference in enumerate(distinct)}
-    index = np.array([number[reference] for reference in references], np.int64)
-    return Pictures([(path, shape)], index), {row: bad[name] for row, name in enumerate(references) if name in bad}
+    reasons = [bad.get(reference) for reference in distinct] if bad else []
+    undecoded = {row: reasons[number] for row, number in enumerate(index) if reasons[number]} if bad else {}
+    return Pictures([(path, shape)], index), undecoded
 
 
 def cache_name(folder, references, size, fit):

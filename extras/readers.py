@@ -407,16 +407,14 @@ def products_of(source):
     return found - {""}
 
 
-def read_all(folder, split):
+def good_rows(folder, split, bad):
     """
-    Read one split: its good rows, and its bad ones as "file:line: reason".
+    Yield the good rows of a split; the bad ones are added to the list `bad` as "file:line: reason".
     A row whose product is also in a later split is bad, so that no product is ever in two splits.
     """
     sources = find_sources(folder)
     source, side = choose_source(folder, split, sources)
-    later = [name for name in SPLITS[SPLITS.index(split) + 1 :] if name in sources and name != source]
-    taken = {product: name for name in later for product in products_of(sources[name])}
-    rows, bad = [], []
+    taken = {product: name for name in later_splits(split, source, sources) for product in products_of(sources[name])}
     for where, record in tqdm(sources[source](), f"reading {split}", unit=" rows", delay=1, disable=None):
         try:
             row = make_row(folder, where, record)
@@ -424,10 +422,31 @@ def read_all(folder, split):
             if product in taken:
                 raise ValueError(f"product {shown(product)} is in the split {taken[product]!r} too")
             if side(product) == split:
-                rows.append(row)
+                yield row
         except (ValueError, OSError) as error:
             bad.append(f"{where}: {error}")
-    return rows, bad
+
+
+def later_splits(split, source, sources):
+    """The splits after this one that have a source of their own."""
+    return [name for name in SPLITS[SPLITS.index(split) + 1 :] if name in sources and name != source]
+
+
+def read_all(folder, split):
+    """Read one split: its good rows, and its bad ones as "file:line: reason"."""
+    bad = []
+    return list(good_rows(folder, split, bad)), bad
+
+
+def files_of(folder, split):
+    """The files that decide which rows a split has: its own source, and those of later splits."""
+    sources = find_sources(folder)
+    source, _ = choose_source(folder, split, sources)
+    files = []
+    for name in (source, *later_splits(split, source, sources)):
+        (path,) = sources[name].args
+        files += sorted(path.glob("*.pkl")) if path.is_dir() else [path]
+    return files
 
 
 def choose_source(folder, split, sources):

@@ -149,6 +149,22 @@ def first_then_others(work):
     return work() if process_index() > 0 else result
 
 
+def from_first(work):
+    """The first process calls work(), every process gets what it returns. A refusal ends all of them."""
+    said = [None, None]
+    if process_index() == 0:
+        try:
+            said = [work(), None]
+        except UserError as error:
+            said = [None, error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(said)
+    result, refusal = said
+    if refusal:
+        raise refusal
+    return result
+
+
 def sum_over_processes(tensor):
     """The sum of every process's tensor, the same in all of them."""
     if world() == 1:

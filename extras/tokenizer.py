@@ -10,6 +10,7 @@ Unicode text, except that accents and punctuation follow the Unicode version of 
 """
 
 import heapq
+import itertools
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -72,6 +73,11 @@ def plain_character(c):
 
 CLEAN = CharacterTable(clean_character)
 PLAIN = CharacterTable(plain_character)
+
+
+def split_spaces(text):
+    """What stands between the spaces of a text. (A printable text has none of the special cases, and most texts are.)"""
+    return text.split() if text.isprintable() else SPACES.split(text)
 
 
 def split_words(text):
@@ -144,7 +150,7 @@ class Tokenizer:
         if length is not None and length < 2:
             raise ValueError(f"length must be at least 2, for [CLS] and [SEP], got {length}")
         ids = [self.cls_id]
-        for chunk in SPACES.split(text):
+        for chunk in split_spaces(text):
             ids += self.cache[chunk] if chunk in self.cache else self.encode_chunk(chunk)
         if length is None:
             return ids + [self.sep_id]
@@ -216,9 +222,7 @@ def check_vocabulary(words, source):
 
 def count_words(captions):
     """How often each word occurs, special tokens and overlong words left out."""
-    chunks = Counter()
-    for caption in captions:
-        chunks.update(SPACES.split(caption))
+    chunks = Counter(itertools.chain.from_iterable(map(split_spaces, captions)))
     counts = Counter()
     for chunk, times in chunks.items():
         for word in split_words(chunk):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from extras import pictures, readers
+from extras import pictures, readers, table
 from extras.runtime import UserError
 
 law = settings(deadline=None, max_examples=25)
@@ -228,8 +228,8 @@ def test_no_link_leads_out_of_the_folder_but_links_within_it_are_followed(folder
         told = message(data.picture, folder, name, 8)
         assert told == f"{name}: a link leads out of the folder; put the picture itself there"
     write_rows(folder / "test.jsonl", [row_of(0, image="linked/secret.png"), row_of(1)])
-    rows, _ = data.load(folder, "test", 8, skip_bad=True)
-    assert [row["image"] for row in rows] == ["images/1.png"]
+    found, _ = data.load(folder, "test", 8, skip_bad=True)
+    assert [row["image"] for row in found.rows] == ["images/1.png"]
     assert (data.picture(folder, "images/inner.png", 8) == data.picture(folder, "images/0.png", 8)).all()
     (outside / "to_folder").symlink_to(folder)  # the folder itself may be reached through a link
     assert data.picture(outside / "to_folder", "images/0.png", 8).shape == (8, 8, 3)
@@ -252,7 +252,8 @@ def test_impossible_sizes_and_fits_and_missing_pictures_are_errors(folder):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_cache_holds_what_picture_gives_for_any_number_of_threads(folder, fit, threads, monkeypatch):
     monkeypatch.setattr(pictures.os, "cpu_count", lambda: threads)
-    rows, found = data.load(folder, "train", 10, fit)
+    opened, found = data.load(folder, "train", 10, fit)
+    rows = opened.rows
     assert found[:].shape == (len(rows), 10, 10, 3) and found[:].dtype == np.uint8 and len(found) == len(rows)
     for number, row in enumerate(rows):
         assert (found[number] == data.picture(folder, row["image"], 10, fit)).all()
@@ -299,7 +300,8 @@ def test_a_bad_picture_is_reported_each_time_and_left_out_with_skip_bad(folder, 
     first = f"{folder}: 4 bad rows in test (--skip-bad leaves them out)"
     for _ in range(2):  # the second time out of the cache
         assert message(data.load, folder, "test", 8).split("\n") == [first, *lines]
-    rows, found = data.load(folder, "test", 8, skip_bad=True)
+    opened, found = data.load(folder, "test", 8, skip_bad=True)
+    rows = opened.rows
     assert [row["where"] for row in rows] == ["test.jsonl:1", "test.jsonl:3"]
     assert (found[1] == data.picture(folder, "images/3.png", 8)).all() and len(found) == 2
     assert capsys.readouterr().out.rstrip("\n").split("\n") == [f"{folder}: left out 4 bad rows of test", *lines]
@@ -367,7 +369,7 @@ def test_an_interrupted_build_leaves_nothing_behind(folder, monkeypatch):
     monkeypatch.setattr(pictures, "picture", stop)
     with pytest.raises(KeyboardInterrupt):
         data.load(folder, "train", 8)
-    assert list((folder / ".cache").iterdir()) == []
+    assert [path.name[:11] for path in (folder / ".cache").iterdir()] == ["rows-train-"]  # the table was whole
 
 
 @pytest.fixture
@@ -381,7 +383,8 @@ def other_place(folder, tmp_path_factory, monkeypatch):
 
 def test_data_that_cannot_be_written_is_cached_in_a_folder_of_this_user_alone(folder, other_place):
     for _ in range(2):
-        rows, found = data.load(folder, "train", 8)
+        opened, found = data.load(folder, "train", 8)
+        rows = opened.rows
         assert found.files[0][0].parent == other_place
         assert (found[0] == data.picture(folder, rows[0]["image"], 8)).all()
     assert other_place.stat().st_mode & 0o777 == 0o700
@@ -612,7 +615,7 @@ def test_a_split_holds_the_numbers_of_its_rows(folder):
 
 def test_the_negatives_of_a_split_are_those_of_draw_negatives(shop):
     rows = readers.read(shop, "train")
-    labels = {field: data.class_names(rows, field) for field in ("category", "subcategory")}
+    labels = {field: table.build(rows).class_names(field) for field in ("category", "subcategory")}
     split = data.open_split(shop, "train", data.Tokenizer.train(["a coat"] * 2, 30), labels, 8, 12)
     chosen = torch.arange(0, 24, 2)
     for same_group, groups in ((False, None), (True, split.groups)):
@@ -688,16 +691,23 @@ def test_a_folder_and_pictures_whose_names_are_not_utf_8_are_read(folder):
 # --- Numbers ---
 
 
+def named(names):
+    """Rows of these categories."""
+    fields = dict(image="a.png", caption="a", product_id="1", subcategory="", where="")
+    return [{**fields, "category": name} for name in names]
+
+
 def test_a_class_that_training_never_saw_stays_unknown():
-    rows = [{"category": name} for name in ("b", "a", "", "b", "c")]
-    names = data.class_names(rows[:4], "category")
-    assert names == ["a", "b"] and data.class_ids(rows, "category", names).tolist() == [1, 0, -1, 1, -1]
+    names = table.build(named(["b", "a", "", "b"])).class_names("category")
+    assert names == ["a", "b"]
+    assert table.build(named(["b", "a", "", "b", "c"])).classes("category", names).tolist() == [1, 0, -1, 1, -1]
+    assert table.build(named([""])).classes("category", []).tolist() == [-1]
 
 
 @law
 @given(names=st.lists(st.sampled_from(["", "a", "b", "c"])))
 def test_equal_names_get_equal_numbers_and_no_name_gets_none(names):
-    numbers = data.numbered(names).tolist()
+    numbers = table.build(named(names)).ids("category").tolist()
     for a, m in zip(names, numbers):
         assert (m == -1) == (a == "")
         assert all((a == b) == (m == n) for b, n in zip(names, numbers))
@@ -711,7 +721,7 @@ CAPTIONS = st.lists(st.lists(st.sampled_from(["coat", "wool", "zzz"]), min_size=
 def test_captions_are_cut_to_the_longest_and_padded_with_zeros(captions, length):
     captions = [" ".join(words) for words in captions]
     tokenizer = data.Tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "coat", "wool"])
-    tokens = data.tokenize(captions, tokenizer, length)
+    tokens = data.Words(data.tokenize(captions, tokenizer, length))[:]
     longest = max(len(caption.split()) + 2 for caption in captions)
     assert tokens.dtype == torch.int64 and tokens.shape == (len(captions), min(length, longest))
     for caption, row in zip(captions, tokens):

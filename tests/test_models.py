@@ -20,6 +20,7 @@ import data
 import eval as evaluation
 import train
 from extras import runtime, weights
+from extras.table import build
 from extras.tokenizer import Tokenizer
 
 # the scene is the same for all examples of a case
@@ -70,7 +71,7 @@ class Scene:
 def open_shop(shop):
     """The training and the validation split, and their unpaired pools."""
     rows = data.read(shop, "train")
-    labels = {field: data.class_names(rows, field) for field in ("category", "subcategory")}
+    labels = {field: build(rows).class_names(field) for field in ("category", "subcategory")}
     tokenizer = Tokenizer.train([row["caption"] for row in rows], 80)
     train_split, val = (data.open_split(shop, name, tokenizer, labels, 32, 16) for name in ("train", "val"))
     pools = {"pairs": train_split, "val": val}

@@ -266,7 +266,8 @@ def write_fashion_gen(path, count, first=0, side=32):
 def test_fashion_gen_hdf5(tmp_path):
     write_fashion_gen(tmp_path / "fashiongen_256_256_train.h5", 40)
     write_fashion_gen(tmp_path / TEST_H5, 2, first=40)
-    (row, other), pictures = data.load(tmp_path, "test", 32)
+    opened, pictures = data.load(tmp_path, "test", 32)
+    (row, other) = opened.rows
     assert row == {
         "image": f"{TEST_H5}#0",
         "caption": "Café coat. Long wool coat in brown.",
@@ -394,7 +395,8 @@ def test_a_damaged_hdf5_is_read_or_one_error_that_names_the_file(tmp_path_factor
         path = Path(folder) / TEST_H5
         path.write_bytes(content[: len(content) - cut % len(content)])
         try:
-            rows, _ = data.load(folder, "test", 8, skip_bad=True)
+            opened, _ = data.load(folder, "test", 8, skip_bad=True)
+            rows = opened.rows
             assert len(rows) <= 2
         except UserError as error:
             assert TEST_H5 in str(error) or "has no rows" in str(error)
@@ -435,7 +437,8 @@ def write_processed(folder, end, numbers):
 def test_the_authors_processed_folder(tmp_path):
     write_processed(tmp_path, "train", range(40))
     write_processed(tmp_path, "valid", range(40, 44))
-    rows, pictures = data.load(tmp_path, "test", 16)
+    opened, pictures = data.load(tmp_path, "test", 16)
+    rows = opened.rows
     assert rows[1] == {
         "image": "extracted_valid_images/20_1.png",
         "caption": "Long wool coat.",
@@ -552,7 +555,8 @@ def test_karpathys_coco_gives_five_rows_a_picture(tmp_path):
     write_coco(tmp_path)
     assert [row["product_id"] for row in readers.read(tmp_path, "train")] == ["900"] * 5 + ["901"] * 5
     assert {row["product_id"] for row in readers.read(tmp_path, "val")} == {"902"}
-    rows, pictures = data.load(tmp_path, "test", 8)
+    opened, pictures = data.load(tmp_path, "test", 8)
+    rows = opened.rows
     assert rows[4] == {
         "image": "val2014/COCO_3.jpg",
         "caption": "A coat, the 4th time.",

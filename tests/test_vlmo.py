@@ -21,6 +21,7 @@ from torch import nn
 import data
 import vlmo
 from extras.runtime import UserError
+from extras.table import build
 from extras.tokenizer import SPECIAL, Tokenizer
 from vlmo import Config, Recipe, VLMo
 
@@ -977,7 +978,7 @@ def test_every_preset_is_a_recipe_that_runs_at_nano(preset, shop):
     recipe = recipe_of(preset)
     rows = data.read(shop, "train")
     tokenizer = Tokenizer.train([row["caption"] for row in rows], 60)
-    labels = {field: data.class_names(rows, field) for field in ("category", "subcategory")}
+    labels = {field: build(rows).class_names(field) for field in ("category", "subcategory")}
     sizes = dict(vocab_size=len(tokenizer), n_category=4, n_subcategory=8, depth=2, width=16, image_size=32)
     model = VLMo(Config.preset("nano", **sizes), recipe)
     pairs = data.open_split(shop, "train", tokenizer, labels, 32, 48)
