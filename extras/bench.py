@@ -30,7 +30,8 @@ from PIL import Image
 
 import data
 import mvlt
-from extras import readers, runtime
+from extras import runtime
+from extras.table import Captions, open_table, open_words
 from extras.tokenizer import SPECIAL, Tokenizer
 
 FIRST = "usual, fp32"  # what speed-ups and shares refer to
@@ -302,61 +303,70 @@ def compare(args):
 # --- What a catalogue costs ---
 
 
-def write_catalogue(folder, rows, pictures=300, size=64):
-    """A manifest of training rows that share a few hundred pictures of noise."""
+def write_catalogue(folder, rows, pictures=1000, size=64):
+    """A manifest of training rows with captions of 38 words that share a thousand pictures of noise."""
     draw = random.Random(0)
     vocabulary = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(3000)]
     for i in range(pictures):
         Image.frombytes("RGB", (size, size), draw.randbytes(3 * size * size)).save(folder / f"{i}.png")
     with open(folder / "train.jsonl", "w") as file:
         for i in range(rows):
-            row = dict(image=f"{i % pictures}.png", caption=" ".join(draw.choices(vocabulary, k=8)))
+            row = dict(image=f"{i % pictures}.png", caption=" ".join(draw.choices(vocabulary, k=38)))
             row |= dict(product_id=str(i // 2), category=f"main {i % 5}", subcategory=f"sub {i % 50}")
             file.write(json.dumps(row) + "\n")
 
 
 @contextlib.contextmanager
 def timed(results, what):
+    """Put the seconds that the block takes into results[what]."""
     start = time.perf_counter()
     yield
     results[what] = time.perf_counter() - start
 
 
 def prepare_catalogue(folder):
-    """Seconds to read the manifest, learn a vocabulary and tokenise; the peak of memory in GB."""
+    """What the first process of the first run does: {what: seconds}."""
     results = {}
     with timed(results, "read the manifest"):
-        rows = readers.read(folder, "train")
-    captions = [row["caption"] for row in rows]
+        table, _ = open_table(folder, "train")
     with timed(results, "learn a vocabulary"):
-        tokenizer = Tokenizer.train(captions, size=8000)
-    with timed(results, "tokenise"):
-        for caption in captions:
-            tokenizer.encode(caption)
+        tokenizer = Tokenizer.train(Captions(table.rows), size=8000)
     tokenizer.save(folder / "vocab.txt")
-    return results, peak_memory(torch.device("cpu"))
+    with timed(results, "tokenise"):
+        open_words(folder, table, tokenizer, 48)
+    return results
 
 
 def open_catalogue(folder):
-    """Seconds to open the split, as each process of a run does; the peak of memory in GB."""
+    """What every process of every later run does, and what it pays for a batch: {what: seconds}."""
     results, tokenizer = {}, Tokenizer.load(folder / "vocab.txt")
     labels = {"category": [f"main {i}" for i in range(5)], "subcategory": sorted(f"sub {i}" for i in range(50))}
     with timed(results, "open the split"):
-        data.open_split(folder, "train", tokenizer, labels, image_size=64, text_len=48)
-    return results, peak_memory(torch.device("cpu"))
+        split = data.open_split(folder, "train", tokenizer, labels, image_size=64, text_len=48)
+    with timed(results, "read 100 batches of 256"):
+        for step in range(100):
+            rows = data.batch_rows(step, min(256, len(split)), len(split), seed=0)
+            split.tokens[rows], split.images(rows), split.same(rows)
+    return results
+
+
+def with_memory(work, folder):
+    """The results of work(folder), and by how many GB it lifted the peak of this process."""
+    before = peak_memory(torch.device("cpu"))
+    return work(folder), peak_memory(torch.device("cpu")) - before
 
 
 def scale(rows):
-    """Print what a catalogue of so many rows costs: once to prepare it, then for two processes that open it."""
+    """Print what a catalogue of so many rows costs: to prepare it, to decode its pictures, and to open it again."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_catalogue(folder, rows)
-        print(f"{f'{rows} rows':32}{'s':>10}{'peak GB':>10}")
+        print(f"{f'{rows} rows':40}{'s':>10}{'more GB':>10}")
         for work, note in (prepare_catalogue, ""), (open_catalogue, ", first time"), (open_catalogue, ", second time"):
             with ProcessPoolExecutor(1, mp.get_context("spawn")) as child:
-                results, peak = child.submit(work, folder).result()
+                results, more = child.submit(with_memory, work, folder).result()
             for what, seconds in results.items():
-                print(f"{what + note:32}{seconds:10.2f}{peak:10.2f}")
+                print(f"{what + note:40}{seconds:10.2f}{more:10.2f}")
 
 
 def parse(arguments=None):

@@ -163,8 +163,9 @@ def whole(joined):
 
 def texts_of(row):
     """What is numbered. Captions that differ in case and spaces alone are equal; a group is a sub-category."""
-    plain, group = readers.plain_caption(row["caption"]), row["subcategory"] and f"{row['category']}/{row['subcategory']}"
-    return {name: row.get(name, "") for name in NUMBERED} | {"caption": plain, "group": group}
+    group = row["subcategory"] and f"{row['category']}/{row['subcategory']}"
+    computed = dict(caption=readers.plain_caption(row["caption"]), group=group)
+    return {name: row.get(name, "") for name in NUMBERED} | computed
 
 
 # --- Keeping ---

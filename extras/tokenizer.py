@@ -76,7 +76,7 @@ PLAIN = CharacterTable(plain_character)
 
 
 def split_spaces(text):
-    """What stands between the spaces of a text. (A printable text has none of the special cases, and most texts are.)"""
+    """What stands between the spaces of a text. Most texts are printable: no odd spaces."""
     return text.split() if text.isprintable() else SPACES.split(text)
 
 
