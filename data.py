@@ -90,25 +90,25 @@ class Split:
         return draw_negatives(rows, self.products, self.captions, generator, self.groups if same_group else None)
 
 
-def open_split(folder, name, tokenizer, labels, image_size, text_len, fit="stretch", skip_bad=False):
+def open_split(folder, name, tokenizer, labels, image_size, text_len, fit="stretch", skip_bad=False, decode="auto"):
     """
     Open the split "train", "val" or "test" of a folder; the first time its rows become a table (extras/table.py) and
-    its pictures are decoded. A bad row or picture ends the run, or is left out with skip_bad. Under torchrun every
-    process must call this; the first one does the work.
+    its pictures are decoded (extras/pictures.py says what `decode` chooses). A bad row or picture ends the run, or is
+    left out with skip_bad. Under torchrun every process must call this; the first one does the work.
     """
 
     def work():
-        table, pictures = load(folder, name, image_size, fit, skip_bad)
+        table, pictures = load(folder, name, image_size, fit, skip_bad, decode)
         tokens = open_words(folder, table, tokenizer, text_len)
         return as_split(table, tokens, pictures, tokenizer, labels, text_len, fit)
 
     return runtime.first_then_others(work)
 
 
-def load(folder, name, size, fit="stretch", skip_bad=False):
+def load(folder, name, size, fit="stretch", skip_bad=False, decode="auto"):
     """The table of a split's good rows, and their pictures."""
     table, bad = open_table(folder, name)
-    pictures, undecoded = open_distinct(folder, list(table.references), table.numbers["image"], size, fit)
+    pictures, undecoded = open_distinct(folder, list(table.references), table.numbers["image"], size, fit, decode)
     bad += [f"{table.rows[number]['where']}: {reason}" for number, reason in undecoded.items()]
     if undecoded:
         good = np.setdiff1d(np.arange(len(table)), list(undecoded))
@@ -144,23 +144,23 @@ def make_split(rows, pictures, tokenizer, labels, text_len, fit):
     return as_split(table, tokens, pictures, tokenizer, labels, text_len, fit)
 
 
-def picture_pool(split, folder="", skip_bad=False):
+def picture_pool(split, folder="", skip_bad=False, decode="auto"):
     """Unpaired pictures: the distinct ones of the split, then all below a folder ("" for none), with empty captions."""
     _, first_rows = np.unique(split.pictures.index, return_index=True)
     rows = [split.rows[row] | {"caption": ""} for row in first_rows]
     pictures = split.pictures.select(first_rows)
     if folder:
-        work = lambda: load_pictures(folder, pictures.size, split.fit, skip_bad)
+        work = lambda: load_pictures(folder, pictures.size, split.fit, skip_bad, decode)
         names, more = runtime.first_then_others(work)
         rows += [unpaired_row(f"{folder}/{name}", image=name) for name in names]
         pictures = join_pictures(pictures, more)
     return make_split(rows, pictures, split.tokenizer, split.labels, split.text_len, split.fit)
 
 
-def load_pictures(folder, size, fit, skip_bad):
+def load_pictures(folder, size, fit, skip_bad, decode="auto"):
     """The names of the pictures below a folder, as far as they can be decoded, and the pictures."""
     names = list_pictures(folder)
-    pictures, undecoded = open_pictures(folder, names, size, fit)
+    pictures, undecoded = open_pictures(folder, names, size, fit, decode)
     good = [number for number in range(len(names)) if number not in undecoded]
     names = settle(folder, "pictures", [names[number] for number in good], list(undecoded.values()), skip_bad)
     return names, pictures.select(good)
@@ -394,6 +394,8 @@ class Batches:
             generator=torch.Generator(),  # otherwise the DataLoader would draw from the global one
         )
         for step, pixels in zip(steps, loader):
+            if isinstance(pixels, UserError):
+                raise pixels
             yield replace(self.batch(step), pixels=pixels)
 
     def batch(self, step):
@@ -434,7 +436,10 @@ class Loader:
         name, rows, views, border = task
         if self.pictures[name] is None:
             return None
-        return augment(self.pictures[name][rows.numpy()], views, border)
+        try:
+            return augment(self.pictures[name][rows.numpy()], views, border)
+        except UserError as error:  # a broken picture that is decoded live; raised here it would lose its one line
+            return error
 
 
 def ignore_signals(worker):

@@ -34,6 +34,7 @@ import data
 import eval as evaluation
 from extras import readers, report, runtime, toy, weights
 from extras.muon import Muon
+from extras.pictures import DECODE
 from extras.runtime import UserError, quoted
 from extras.table import Captions, open_table
 from extras.tokenizer import Tokenizer
@@ -57,6 +58,7 @@ class Settings:
     images: str = setting("", "Folder of photos without captions, for a stage on pictures alone (no test pictures!).")
     texts: str = setting("", "File of captions, one a line, for a stage on captions alone.")
     fit: str = setting("stretch", "How a picture becomes square: stretch (the paper) or pad.")
+    decode: str = setting("auto", "Decoded pictures: kept on the disk, live (decoded when needed), or auto.")
     vocab: str = setting("", "A vocab.txt in BERT's format; default: the data folder's, or learnt from its captions.")
     vocab_size: int = setting(8000, "Size of a learnt vocabulary.")
     init: str = setting(
@@ -97,6 +99,7 @@ class Settings:
         require(self.size in file.PRESETS, "--size", f"must be one of {', '.join(file.PRESETS)}", self.size)
         require(self.preset in file.RECIPES, "--preset", f"must be one of {', '.join(file.RECIPES)}", self.preset)
         require(self.fit in ("stretch", "pad"), "--fit", "must be stretch or pad", self.fit)
+        require(self.decode in DECODE, "--decode", f"must be one of {', '.join(DECODE)}", self.decode)
         require(self.optimizer in ("muon", "adamw"), "--optimizer", "must be muon or adamw", self.optimizer)
         require_whole(self, dict(batch_size=1, log_every=1, save_every=1, vocab_size=6, seed=0, shift=0, workers=0))
         require_whole(self, dict(micro_batch=0, steps=0))
@@ -112,7 +115,8 @@ class Settings:
 
 
 FROM_THE_DATA = {"vocab_size", "n_category", "n_subcategory"}  # fields of a Config that the data decides
-MAY_CHANGE = {"micro_batch", "workers", "recompute", "log_every", "save_every", "data", "init", "start", "vocab"}
+MAY_CHANGE = {"micro_batch", "workers", "decode", "recompute", "log_every", "save_every"}
+MAY_CHANGE |= {"data", "init", "start", "vocab"}
 
 
 def flag(name):
@@ -437,7 +441,7 @@ def open_pools(s, train, order, skip_bad):
             raise UserError(f"{what}: this run has no stage that reads {name} alone", status=2)
     pools = {"pairs": train}
     if "pictures" in read:
-        pools["pictures"] = runtime.first_then_others(lambda: data.picture_pool(train, s.images, skip_bad))
+        pools["pictures"] = runtime.first_then_others(lambda: data.picture_pool(train, s.images, skip_bad, s.decode))
     if "captions" in read:
         pools["captions"] = data.caption_pool(train, s.texts)
     return pools
@@ -620,7 +624,7 @@ def train(args, given):
         model, said = make_model(s, config, recipe, tokenizer, labels)
     if "cr" in model.recipe.weights and not all(labels.values()):
         raise UserError(f"recognition needs category and subcategory in {folder}; or leave cr out of --objectives")
-    shape = (tokenizer, labels, model.config.image_size, model.config.text_len, s.fit, args.skip_bad)
+    shape = (tokenizer, labels, model.config.image_size, model.config.text_len, s.fit, args.skip_bad, s.decode)
     splits = {name: data.open_split(folder, name, *shape) for name in ("train", "val")}
     check_negatives(model, splits)
     if s.epochs:

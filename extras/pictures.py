@@ -1,5 +1,5 @@
 """
-Pictures: opened safely, made square, and kept decoded in a memory-mapped file.
+Pictures: opened safely, made square, and kept decoded in a memory-mapped file where there is room.
 
 A data folder is not trusted: only common formats are decoded, absurd sizes are refused before anything is decoded, and
 no link leads out of the folder. Decoded pictures are kept in `.cache` inside the folder: a .npy file (n, size, size, 3)
@@ -165,17 +165,38 @@ def decode(folder, references, size, fit):
 # --- Decoded pictures ---
 
 
+class Live:
+    """Pictures as if in an array (n, H, W, 3) uint8; each is decoded whenever it is asked for."""
+
+    def __init__(self, folder, references, size, fit):
+        self.folder, self.references, self.fit = folder, references, fit
+        self.shape = (len(references), size, size, 3)
+
+    def __len__(self):
+        return len(self.references)
+
+    def __getitem__(self, numbers):
+        pixels = np.empty((np.size(numbers), *self.shape[1:]), np.uint8)
+        for place, number in enumerate(np.ravel(numbers)):
+            pixels[place] = picture(self.folder, self.references[number], self.shape[1], self.fit)
+        return pixels.reshape(*np.shape(numbers), *self.shape[1:])
+
+
 class Pictures:
     """
-    Decoded pictures in memory-mapped files: pictures[rows] is (b, H, W, 3) uint8. `index` (n,) numbers the pictures of
-    all files; rows that share a picture have the same number. A loading process maps the files itself.
+    Square pictures: pictures[rows] is (b, H, W, 3) uint8. They lie decoded in memory-mapped files, or are `Live`.
+    `index` (n,) numbers the pictures of all files; rows that share a picture have the same number. A loading process
+    maps the files itself.
     """
 
     def __init__(self, files, index):
-        self.files, self.index = files, index  # files: [(path, shape of its pixels)]
+        self.files, self.index = files, index  # files: (path, shape of its pixels) or Live
         self.pixels = []
-        for path, shape in files:
-            self.pixels.append(np.memmap(path, np.uint8, mode="r", offset=len(npy_header(shape)), shape=shape))
+        for file in files:
+            if not isinstance(file, Live):
+                path, shape = file
+                file = np.memmap(path, np.uint8, mode="r", offset=len(npy_header(shape)), shape=shape)
+            self.pixels.append(file)
 
     def __len__(self):
         return len(self.index)
@@ -222,18 +243,26 @@ def npy_header(shape):
 TEMPORARY = re.compile(r"\d+-(stretch|pad)-[0-9a-f]{16}\.(npy|json)\.[0-9a-f]{32}\.tmp")  # as whole_file names them
 
 
-def open_pictures(folder, references, size, fit="stretch"):
+DECODE = ("auto", "kept", "live")
+
+
+def open_pictures(folder, references, size, fit="stretch", decode="auto"):
     """
     The pictures of n rows, whose "image" are the references, and {row number: reason} for those that cannot be decoded.
-    They come out of the cache, which is built first if it is missing or damaged.
+    "kept" pictures come out of the cache, which is built first if it is missing or damaged; "live" ones are decoded
+    when they are needed, and then a broken one ends the run. "auto" keeps them if they fit into half of the free disk.
     """
     distinct, index = np.unique(np.array(references, object), return_inverse=True)
-    return open_distinct(folder, distinct.tolist(), index, size, fit)
+    return open_distinct(folder, distinct.tolist(), index, size, fit, decode)
 
 
-def open_distinct(folder, distinct, index, size, fit):
+def open_distinct(folder, distinct, index, size, fit, decode="auto"):
     """The same for rows of which row i shows the picture distinct[index[i]]; the distinct references are sorted."""
     check_shape(size, fit)
+    if decode not in DECODE:
+        raise UserError(f"decode must be one of {', '.join(DECODE)}, got {quoted(decode)}")
+    if decode == "live":
+        return Pictures([Live(folder, distinct, size, fit)], index), {}
     shape, name = (len(distinct), size, size, 3), cache_name(folder, distinct, size, fit)
     path = Path(folder) / ".cache" / name
     bad = open_cache(path, shape, distinct) if is_folder(path.parent) else None
@@ -241,6 +270,14 @@ def open_distinct(folder, distinct, index, size, fit):
         path = place / name
         bad = open_cache(path, shape, distinct)
     if bad is None:
+        remove_stale(path.parent)
+        needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
+        sizes = f"decoded they take {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free in {path.parent}"
+        if decode == "auto" and needed > free / 2:
+            print(f"{folder}: each picture is decoded whenever it is needed (--decode live): {sizes}", flush=True)
+            return Pictures([Live(folder, distinct, size, fit)], index), {}
+        if needed > free:
+            raise UserError(f"{folder}: the pictures cannot be kept: {sizes}; --decode live needs no space")
         bad = build_cache(path, folder, distinct, size, fit)
     reasons = [bad.get(reference) for reference in distinct] if bad else []
     undecoded = {row: reasons[number] for row, number in enumerate(index) if reasons[number]} if bad else {}
@@ -319,11 +356,7 @@ def read_reasons(path, references):
 
 def build_cache(path, folder, references, size, fit):
     """Decode all pictures into `path`. Returns {reference: reason} for those that cannot be decoded."""
-    remove_stale(path.parent)
     bad, shape = {}, (len(references), size, size, 3)
-    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise UserError(f"{path.parent}: the decoded pictures take {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
     with whole_file(path) as file:
         with contextlib.suppress(OSError):  # some file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)  # until this process ends, however it ends

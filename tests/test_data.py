@@ -357,9 +357,38 @@ def test_only_our_own_stale_temporary_files_are_removed_and_before_space_is_meas
             return shutil._ntuple_diskusage(10**9, 10**9 - 10, 10)
 
         monkeypatch.setattr(pictures.shutil, "disk_usage", disk_usage)
-        told = message(data.load, folder, "train", 800)
+        told = message(data.load, folder, "train", 800, decode="kept")
     assert sorted(present) == sorted(name for name, _ in others)
-    assert re.fullmatch(rf"{cache}: the decoded pictures take \d+ MB, 0 MB are free", told)
+    sizes = rf"decoded they take \d+ MB, and 0 MB are free in {cache}"
+    assert re.fullmatch(rf"{folder}: the pictures cannot be kept: {sizes}; --decode live needs no space", told)
+
+
+@pytest.mark.parametrize("share_of_disk, live", [(0.49, False), (0.51, True)])
+def test_pictures_that_would_take_more_than_half_of_the_free_disk_are_decoded_live(
+    folder, monkeypatch, capsys, share_of_disk, live
+):
+    free = int(6 * 8 * 8 * 3 / share_of_disk)
+    monkeypatch.setattr(pictures.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, free))
+    found = data.load(folder, "train", 8)[1]
+    assert isinstance(found.pixels[0], pictures.Live) == live
+    assert ("is decoded whenever it is needed (--decode live): decoded they take" in capsys.readouterr().out) == live
+    if not live:  # what is there already is read, whatever the disk has left
+        monkeypatch.setattr(pictures.shutil, "disk_usage", None)
+        assert (data.load(folder, "train", 8)[1][:] == found[:]).all()
+
+
+def test_live_pictures_are_the_kept_ones_bit_for_bit(folder):
+    for fit in ("stretch", "pad"):
+        kept, live = (data.load(folder, "train", 10, fit, decode=how)[1] for how in ("kept", "live"))
+        for rows in (slice(None), 2, np.array([5, 0, 5]), np.array([[1], [2]]), np.array([], int)):
+            assert live[rows].shape == kept[rows].shape and (live[rows] == kept[rows]).all()
+        assert live.size == kept.size == 10 and len(live) == 6
+        assert (live.select([4, 1])[:] == kept[[4, 1]]).all()
+        both = pictures.join_pictures(live.select([4, 1]), kept)
+        assert (both[np.array([2, 0, 7, 1])] == kept[[0, 4, 5, 1]]).all()
+    assert [path.suffix for path in (folder / ".cache").iterdir() if path.is_file()].count(".npy") == 2
+    told = message(data.load, folder, "train", 8, decode="both")
+    assert told == "decode must be one of auto, kept, live, got 'both'"
 
 
 def test_an_interrupted_build_leaves_nothing_behind(folder, monkeypatch):
@@ -728,6 +757,17 @@ def test_captions_are_cut_to_the_longest_and_padded_with_zeros(captions, length)
         words = tokenizer.encode(caption, length)
         assert row.tolist() == words[: len(row)] and not any(words[len(row) :])
     assert (data.trim(tokens) == tokens).all() and data.trim(tokens[:0]).shape == (0, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_live_pictures_are_those_of_kept_ones_and_a_broken_one_is_one_line(folder, workers):
+    write_rows(folder / "val.jsonl", [row_of(0, product_id="v")])
+    pools = {how: {"pairs": open_train(folder, decode=how)} for how in ("kept", "live")}
+    kept, live = (list(batches(pools=pools[how], stop=3, workers=workers, **MOVED)) for how in ("kept", "live"))
+    for one, other in zip(kept, live, strict=True):
+        assert (one.pixels == other.pixels).all() and (one.rows == other.rows).all()
+    (folder / "images/3.png").write_bytes(b"x")
+    assert message(list, batches(pools=pools["live"], stop=3, workers=workers)) == f"images/3.png: {NO_PICTURE}"
 
 
 def test_trim_keeps_the_last_word_behind_a_padding_word_written_in_the_caption():
