@@ -98,14 +98,20 @@ def pair_scores(model, split, pairs, batch_size=256, what=None):
     named = torch.stack([pictures[pairs[..., 0]], texts[pairs[..., 1]]], dim=-1).view(-1, 2)
     distinct, where = torch.unique(named, dim=0, return_inverse=True)
     tokens = split.tokens[distinct[:, 1]]
+    reads_apart = hasattr(model, "score_features")  # as Kaleido-BERT does; MVLT and VLMo fuse from the first block
 
     def score(batch):
-        images = split.images(distinct[batch, 0], device)
+        pictures, which = torch.unique(distinct[batch, 0], return_inverse=True)
+        images, words = split.images(pictures, device), data.trim(tokens[batch]).to(device)
         with runtime.autocast(device):
-            return model.score(images, data.trim(tokens[batch]).to(device))[:, None]
+            if reads_apart:
+                return model.score_features(*(part[which] for part in model.look_at(images)), words)[:, None]
+            return model.score(images[which], words)[:, None]
 
+    in_order = torch.arange(len(distinct)).split(batch_size)  # the captions of a picture are neighbours
+    batches = in_order if reads_apart else by_length(tokens, batch_size)
     with runtime.evaluating(model) as device:
-        scores = share_out(by_length(tokens, batch_size), score, 1, device, what)
+        scores = share_out(batches, score, 1, device, what)
     return scores[where, 0].view(pairs.shape[:-1])
 
 

@@ -695,6 +695,19 @@ def test_all_three_models_stand_in_one_table(store, tmp_path, capsys):
         assert f"{run}: fusion encoder" in said
 
 
+def test_kaleido_encodes_a_picture_once_for_all_its_captions_and_scores_as_pair_by_pair(store, in_float32, monkeypatch):
+    sizes = dict(image_size=32, text_len=16, vocab_size=len(store.tokenizer), width=16, depth=1, heads=2)
+    config = kaleido.Config(**sizes, patch_side=8, encoder="conv", feature_dim=8, sat_dim=8, sat_grid=4)
+    model = store.finish(kaleido.Kaleido, config, kaleido.Recipe(objectives="itm"))
+    split, seen, usual = store.split, [], model.look_at
+    monkeypatch.setattr(model, "look_at", lambda images: seen.append(len(images)) or usual(images))
+    pairs = torch.cartesian_prod(torch.tensor([3, 0, 5]), torch.arange(7))  # 21 pairs of at most 3 pictures
+    scores = evaluation.pair_scores(model, split, pairs, batch_size=4)
+    assert len(seen) == 6 and sum(seen) <= 3 + 6  # once, and once more where a batch ends among its captions
+    for pair, score in zip(pairs.tolist(), scores.tolist()):
+        assert score == pytest.approx(score_alone(model, split, *pair), abs=1e-4)
+
+
 def test_captions_and_the_tasks_of_pre_training_are_measured_where_a_model_has_them(store, tmp_path, monkeypatch):
     sizes = dict(image_size=32, text_len=16, vocab_size=len(store.tokenizer), width=16, depth=1, heads=2)
     config = kaleido.Config(**sizes, patch_side=8, encoder="conv", feature_dim=8, sat_dim=8, sat_grid=4)
