@@ -324,8 +324,9 @@ def find_rows(folder):
         return [[name, "", ""] for name in files_below(folder)], []
     rows, bad = {}, {}  # the same bad row may come with several splits
     for split in readers.splits_of(folder):
-        good, lines = readers.read_all(folder, split)
-        rows |= {row["image"]: [row["image"], row["caption"], row["product_id"]] for row in good}
+        lines = []
+        for row in readers.good_rows(folder, split, lines):
+            rows[row["image"]] = [row["image"], row["caption"], row["product_id"]]
         bad |= dict.fromkeys(lines)
     return [rows[image] for image in sorted(rows)], list(bad)
 

@@ -20,6 +20,7 @@ from torch import nn
 
 import data
 import vlmo
+from extras import vlmo_weights
 from extras.runtime import UserError
 from extras.table import build
 from extras.tokenizer import SPECIAL, Tokenizer
@@ -607,7 +608,7 @@ def test_constant_tables_of_positions_are_compared_with_ours():
         torch.cat([text, torch.full((4, 5), 12)], dim=1),
         torch.cat([torch.full((5, 4), 13), image], dim=1),
     ])
-    tables = dict(zip(vlmo.INDEX_TABLES, (image, text, joint.float())))
+    tables = dict(zip(vlmo_weights.INDEX_TABLES, (image, text, joint.float())))
     assert vlmo.load_official(weights | tables, text_reach=5).report["relative_position_index"].startswith("ignored")
     for name, table in tables.items():
         with pytest.raises(UserError, match=name):
