@@ -127,7 +127,7 @@ class Recipe:
     """How the network is trained. The defaults are the demo's."""
 
     objectives: str = setting(
-        "sat,mlm,itm,rr,jps,cp,g2cm,b2cm,cr",
+        "sat,mlm,itm:3,rr,jps,cp,g2cm,b2cm,cr",
         "Objectives, as name or name:weight: sat (the captioner of AAG), mlm, itm, rr, jps, cp, g2cm, b2cm, cr; "
         "or caption alone. The weight defaults to 1.",
     )
@@ -166,7 +166,7 @@ class Recipe:
         return parse_objectives(self.objectives, OBJECTIVES)
 
 
-DEMO = dict(size="nano", steps=600, batch_size=64, lr=3e-3, final_lr=5e-5, warmup=0.1, weight_decay=1e-4, clip=1.0)
+DEMO = dict(size="nano", steps=1000, batch_size=64, lr=3e-3, final_lr=5e-5, warmup=0.1, weight_decay=1e-4, clip=1.0)
 PAPER = dict(  # Sec. 4.1; batch, epochs, Adam's second beta and clipping from the authors' scripts
     size="base", vocab_size=30522, objectives="sat,mlm,itm,rr,jps,cp,g2cm,b2cm", align="told", unmasked_itm=False,
     drop_caption=0.0, epochs=25.0, batch_size=256, optimizer="adamw", lr=2e-5, final_lr=0.0, warmup=0.1,
@@ -503,7 +503,8 @@ def word_maps(captioner, framed, tokens, way):
     """
     Each word's attention map (B, L, g, g) and whether the captioner says that word (B, L). `told` is the paper's: the
     captioner writes its own caption, and a word of both captions takes its map. `forced` is ours: the captioner reads
-    the true caption, and a word is said where it is the first choice after the true words before it.
+    the true caption, a word is said where it is the first choice after the true words before it, and its map is
+    `relative` to the other words'.
     """
     if way == "told":
         ids, maps = captioner.tell(framed)
@@ -514,8 +515,19 @@ def word_maps(captioner, framed, tokens, way):
     else:
         logits, maps = captioner(framed, tokens)
         said = F.pad(logits.argmax(2) == tokens[:, 1:], (1, 0))
-        maps = F.pad(maps, (0, 0, 1, 0))  # [CLS] is not said
+        maps = relative(F.pad(maps, (0, 0, 1, 0)), tokens)  # [CLS] is not said
     return maps.unflatten(2, (captioner.grid, captioner.grid)), said
+
+
+def relative(maps, tokens):
+    """
+    The maps (B, L, g^2) of the words of captions (B, L), each over the caption's mean map and scaled to a sum of 1:
+    where a word looks more than the others do. All of them look at the outline, which tells the kind of product.
+    """
+    words = (tokens != 0)[:, :, None]
+    mean = (maps * words).sum(1, keepdim=True) / words.sum(1, keepdim=True).clamp(min=1)
+    maps = maps / (mean + 1e-3)
+    return maps / maps.sum(2, keepdim=True).clamp(min=1e-12)
 
 
 def masses(maps, k):

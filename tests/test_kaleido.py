@@ -541,7 +541,10 @@ def test_alignable_words_that_the_captioner_says_get_the_patches_of_their_map(wa
                 said = [told[1][t] for t, other in enumerate(ids) if other == word]
             else:
                 right = position > 0 and forced[0][position - 1].argmax() == word
-                said = [forced[1][position - 1]] if right else []
+                read = tokens[row].numpy() != 0
+                usual = forced[1][read[1:]].sum(axis=0) / read.sum()  # where the words of this caption look
+                one = forced[1][position - 1] / (usual + 1e-3)
+                said = [one / one.sum()] if right else []
             if said and bool(model.alignable[word]):
                 mean = torch.from_numpy(np.mean(said, axis=0)).view(1, 4, 4)
                 for k in HIDDEN:
@@ -551,6 +554,17 @@ def test_alignable_words_that_the_captioner_says_get_the_patches_of_their_map(wa
         assert found[row] == expected
     backwards = kaleido.align(model.captioner, framed.flip(0), tokens.flip(0), model.alignable, way)
     assert backwards == found[::-1]
+
+
+@given(words=st.integers(2, 6), common=st.floats(0, 0.9))
+def test_a_place_where_all_words_look_alike_tells_nothing_of_a_word(words, common):
+    maps, tokens = torch.zeros(1, 10, 16, dtype=torch.float64), torch.zeros(1, 10, dtype=torch.int64)
+    tokens[0, : words + 1] = 7
+    for word in range(1, words + 1):  # each looks at cell 0 and at a cell of its own, at most a ninth as much
+        maps[0, word, 0], maps[0, word, word] = common, 1 - common
+    found = kaleido.relative(maps, tokens)[0, 1 : words + 1]
+    assert found.argmax(1).tolist() == list(range(1, words + 1))
+    assert_equal([found.sum(1)], [torch.ones(words, dtype=torch.float64)])
 
 
 @pytest.mark.parametrize("way", ["told", "forced"])
