@@ -46,21 +46,22 @@ class Texts(Sequence):
         start = self.ends[i - 1] if i else 0
         return self.letters[start : self.ends[i]].tobytes().decode(errors="surrogateescape")
 
-
-def join_texts(texts):
-    """Texts -> the two arrays of `Texts`."""
-    letters, ends = bytearray(), array("q")
-    for text in texts:
-        letters += text.encode(errors="surrogateescape")  # names of files may not be UTF-8
-        ends.append(len(letters))
-    return np.frombuffer(letters, np.uint8), np.frombuffer(ends, np.int64)
+    @classmethod
+    def of(cls, texts):
+        """Any number of texts, of which only one is in memory at a time."""
+        letters, ends = bytearray(), array("q")
+        for text in texts:
+            letters += text.encode(errors="surrogateescape")  # names of files may not be UTF-8
+            ends.append(len(letters))
+        return cls(np.frombuffer(letters, np.uint8), np.frombuffer(ends, np.int64))
 
 
 class Rows(Sequence):
     """n rows, each read when it is asked for: rows[i] is a dict, rows[a:b] a list of dicts."""
 
-    def __init__(self, lines, chosen):
-        self.lines, self.chosen = lines, chosen  # lines: Texts, a row in JSON each; chosen (n,): which lines
+    def __init__(self, lines, chosen=None):
+        self.lines = lines  # Texts: rows in JSON
+        self.chosen = np.arange(len(lines)) if chosen is None else chosen  # (n,): which of the lines
 
     def __len__(self):
         return len(self.chosen)
@@ -106,7 +107,7 @@ class Table:
         chosen = np.asarray(chosen, np.int64)
         return replace(
             self,
-            rows=Rows(self.rows.lines, np.asarray(self.rows.chosen)[chosen]),
+            rows=Rows(self.rows.lines, self.rows.chosen[chosen]),
             numbers={name: number[chosen] for name, number in self.numbers.items()},
             digest=zlib.crc32(chosen.tobytes(), self.digest),
             key="",
@@ -146,19 +147,14 @@ def build(rows):
             digest = zlib.crc32(json.dumps({**row, "where": ""}, sort_keys=True).encode(), digest)
             yield json.dumps(row)
 
-    joined = join_texts(lines())
+    rows_kept = Rows(Texts.of(lines()))
     numbers = {name: np.frombuffer(values, np.int64) for name, values in column.items()}
     references = sorted(number["image"])
     place = {reference: i for i, reference in enumerate(references)}
     sorted_place = np.array([place[reference] for reference in number["image"]] + [-1], np.int64)
     numbers["image"] = sorted_place[numbers["image"]]
     names = {field: list(number[field]) for field in ("category", "subcategory")}
-    return Table(whole(joined), numbers, names, Texts(*join_texts(references)), digest)
-
-
-def whole(joined):
-    """All the rows of joined lines."""
-    return Rows(Texts(*joined), np.arange(len(joined[1])))
+    return Table(rows_kept, numbers, names, Texts.of(references), digest)
 
 
 def texts_of(row):
@@ -180,7 +176,7 @@ def open_table(folder, split):
     if arrays is not None:
         lines, references = (Texts(arrays[name], arrays[f"{name}_ends"]) for name in ("lines", "references"))
         numbers = {name: arrays[name] for name in NUMBERED}
-        return Table(Rows(lines, np.arange(len(lines))), numbers, note["names"], references, note["digest"], key), []
+        return Table(Rows(lines), numbers, note["names"], references, note["digest"], key), []
     bad = []
     table = build(row for row in readers.good_rows(folder, split, bad))
     if not bad and len(table):
