@@ -332,6 +332,13 @@ def test_a_stopped_run_is_resumed_with_the_same_bits_by_any_number_of_loaders(ru
     assert_bitwise(in_process(run, *RESUME), unbroken)  # a run that is finished stays as it is
 
 
+def test_live_pictures_make_the_same_run_and_a_stopped_one_may_go_on_with_them(run, unbroken, shop, tmp_path):
+    live = in_process(tmp_path / "live", *TINY, *RUN, "--data", shop, "--decode", "live")
+    assert losses_of(live) == losses_of(unbroken)
+    in_process(run, *RESUME, "--decode", "live", "--workers", 2)
+    assert_bitwise(run, unbroken)
+
+
 def test_a_run_stopped_while_its_towers_train_alone_ends_with_the_same_bits(unbroken, shop, tmp_path):
     run = stop_in_step(0, tmp_path / "early", *TINY, *RUN, "--data", shop)
     assert weights.read(run / "last.pt")["step"] == 1
@@ -982,6 +989,7 @@ IMPOSSIBLE = {
     "--itm-from 1": "itm_from must lie in [0, 1), got 1.0",
     "--mask-pictures 0": "mask_pictures must be above 0",
     "--mask-pictures 1 --objectives mir,itm": "mask_pictures must be below 1",
+    "--decode both": "--decode must be one of auto, kept, live",
     "--workers -1": "workers must be a whole number",
     "--seed -1": "seed must be a whole number",
     "--seed 99999999999999999999": "--seed must be below 2^63",
@@ -1135,7 +1143,7 @@ OF_THE_RECIPE = """--objectives mir:1,itm:3,mlm,itc,cr | --objectives mir,itm,ml
     | --itm-from 0 | --hard-from 1 | --group-window 1 | --drop-caption 1 | --mirror 0 | --shift 0 | --zoom 0 | --lr 1e-3
     | --final-lr 4e-4 | --warmup 1 | --weight-decay 1 | --beta2 0.9 | --clip 0.01 | --seed 1 | --batch-size 13
     | --dropout 0.5 | --drop-path 0.5 | --steps 5 | --vocab-size 90 | --fit pad | --attend-padding"""
-OF_THE_MACHINE = "--log-every 3 | --save-every 2 | --workers 1"
+OF_THE_MACHINE = "--log-every 3 | --save-every 2 | --workers 1 | --decode live"
 SHORT = "--steps 4 --batch-size 12 --hard-from 0.5 --log-every 1 --save-every 100 --mask-pictures 0.5".split()
 
 
