@@ -723,7 +723,7 @@ def about(run):
     """What the run is, for results.json and the report."""
     c, s = run.model.config, run.settings
     return {"model": run.model.kind, "checkpoint": s["checkpoint"], "step": s["step"], "preset": s.get("preset"),
-            "objectives": ",".join(run.model.recipe.weights), "trained_on": Path(str(s.get("data"))).name,
+            "objectives": run.model.recipe.objectives, "trained_on": Path(str(s.get("data"))).name,
             "parameters": sum(p.numel() for p in run.model.parameters()), "image_size": c.image_size,
             "text_len": c.text_len, "vocab_size": c.vocab_size}
 

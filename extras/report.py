@@ -131,10 +131,11 @@ def recognition_table(results, field):
         for reads, result in run.items():
             r = result[field]
             rows.append((f"{name}, reads {reads}", cells(100 * r["accuracy"], r["macro_f"]), True))
-        notes.append(f"{name} never saw the classes of {r['unseen']} of the {r['rows']} rows: errors.")
+        if r["unseen"]:
+            notes.append(f"{name} never saw the classes of {r['unseen']} of the {r['rows']} rows: errors.")
     rows += paper_rows(results, "Fashion-Gen", ACCURACIES[field], cells)
     title = f"Recognition, {CLASSES[field]}"
-    note = " ".join([f"{r['classes']} classes.", *notes])
+    note = " ".join([f"{r['classes']} classes, {r['rows']} rows.", *notes])
     return {"title": title, "note": note, "columns": ["accuracy", "macro-F", "SumC"], "rows": rows}
 
 
