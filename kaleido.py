@@ -182,22 +182,37 @@ RECIPES = {"demo": DEMO, "paper": PAPER, "recognise": RECOGNISE, "caption": CAPT
 # Sec. 3.2, KPG: the Kaleido patch generator
 
 
-def frame(images):
+def object_pixels(images):
     """
-    The box of the object in each picture: (B, 3, H, H) -> (B, 4) int64 x0, y0, x1, y1, ends excluded. In place of the
-    paper's saliency network: the object is what differs from a plain background; without one, the box is the picture.
+    Which pixels show the object, (B, H, H) in {0, 1}: in place of the paper's saliency network, those that differ from
+    a plain background. Also whether the background is plain, (B,) bool.
     """
-    size = images.shape[2]
     edges = (images[:, :, 0], images[:, :, -1], images[:, :, 1:-1, 0], images[:, :, 1:-1, -1])
     ring = torch.cat(edges, dim=2)  # the outermost pixels, (B, 3, 4H - 4)
     background = ring.median(dim=2, keepdim=True).values  # (B, 3, 1)
-    plain = ((ring - background).abs().amax(1) > 0.08).float().mean(1) <= 0.25  # (B,)
-    differs = ((images - background[..., None]).abs().amax(1) > 0.08).float()  # (B, H, H)
-    x0, x1 = extent(differs.mean(1) > 0.01)  # columns of which more than 1% belongs to the object
-    y0, y1 = extent(differs.mean(2) > 0.01)
+    plain = ((ring - background).abs().amax(1) > 0.08).float().mean(1) <= 0.25
+    return ((images - background[..., None]).abs().amax(1) > 0.08).float(), plain
+
+
+def frame(images):
+    """
+    The box of the object in each picture: (B, 3, H, H) -> (B, 4) int64 x0, y0, x1, y1, ends excluded. Where the
+    background is not plain, or the object small, the box is the picture.
+    """
+    size = images.shape[2]
+    inside, plain = object_pixels(images)
+    x0, x1 = extent(inside.mean(1) > 0.01)  # columns of which more than 1% belongs to the object
+    y0, y1 = extent(inside.mean(2) > 0.01)
     large = (x1 - x0) * (y1 - y0) * 16 >= size * size
     boxes = torch.stack([x0, y0, x1, y1], dim=1)
     return torch.where((plain & large)[:, None], boxes, whole(images))
+
+
+def object_cells(images, boxes, g):
+    """The object's share of each of the g x g cells of the framed pictures, (B, g, g); without a plain background 1."""
+    inside, plain = object_pixels(images)
+    inside = torch.where(plain[:, None, None], inside, 1)
+    return F.adaptive_avg_pool2d(crop(inside[:, None], boxes), g)[:, 0]
 
 
 def extent(used):
@@ -499,12 +514,12 @@ class Captioner(nn.Module):
 
 @torch.no_grad()
 @in_fp32
-def word_maps(captioner, framed, tokens, way):
+def word_maps(captioner, framed, tokens, way, cells):
     """
     Each word's attention map (B, L, g, g) and whether the captioner says that word (B, L). `told` is the paper's: the
     captioner writes its own caption, and a word of both captions takes its map. `forced` is ours: the captioner reads
     the true caption, a word is said where it is the first choice after the true words before it, and its map is
-    `relative` to the other words'.
+    `relative` to the other words' and lies on the object, of which each cell holds the share `cells` (B, g, g).
     """
     if way == "told":
         ids, maps = captioner.tell(framed)
@@ -515,18 +530,19 @@ def word_maps(captioner, framed, tokens, way):
     else:
         logits, maps = captioner(framed, tokens)
         said = F.pad(logits.argmax(2) == tokens[:, 1:], (1, 0))
-        maps = relative(F.pad(maps, (0, 0, 1, 0)), tokens)  # [CLS] is not said
+        maps = relative(F.pad(maps, (0, 0, 1, 0)), tokens, cells.flatten(1))  # [CLS] is not said
     return maps.unflatten(2, (captioner.grid, captioner.grid)), said
 
 
-def relative(maps, tokens):
+def relative(maps, tokens, cells):
     """
-    The maps (B, L, g^2) of the words of captions (B, L), each over the caption's mean map and scaled to a sum of 1:
-    where a word looks more than the others do. All of them look at the outline, which tells the kind of product.
+    The maps (B, L, g^2) of the words of captions (B, L), each over the caption's mean map, times the object's share of
+    each cell (B, g^2), and scaled to a sum of 1: where on the object a word looks more than the others do. All of them
+    look at the outline, which tells the kind of product.
     """
     words = (tokens != 0)[:, :, None]
     mean = (maps * words).sum(1, keepdim=True) / words.sum(1, keepdim=True).clamp(min=1)
-    maps = maps / (mean + 1e-3)
+    maps = maps / (mean + 1e-3) * (cells[:, None] + 1e-3)
     return maps / maps.sum(2, keepdim=True).clamp(min=1e-12)
 
 
@@ -539,12 +555,12 @@ def masses(maps, k):
     return overlap @ maps @ overlap.T
 
 
-def align(captioner, framed, tokens, alignable, way="told"):
+def align(captioner, framed, tokens, alignable, way, cells):
     """
     AAG: for each row its pairs (position of a word, patch), three for each aligned word: on each of the levels 3, 4, 5
     the patch with the most of the word's attention (Fig. 4). Only words that are `alignable` (V,) are aligned.
     """
-    maps, said = word_maps(captioner, framed, tokens, way)
+    maps, said = word_maps(captioner, framed, tokens, way, cells)
     return strongest(maps, said & alignable[tokens])
 
 
@@ -807,7 +823,8 @@ class Kaleido(nn.Module):
         each row its pairs (position, patch); and each word's map (B, L, g, g).
         """
         boxes, framed = self.framed(images)
-        maps, said = word_maps(self.captioner, framed, tokens, self.recipe.align)
+        cells = object_cells(images, boxes, self.captioner.grid)
+        maps, said = word_maps(self.captioner, framed, tokens, self.recipe.align, cells)
         pairs = strongest(maps, said & self.alignable[tokens])
         return places_of(boxes.to(images.dtype), self.config.image_size), pairs, maps
 
@@ -966,7 +983,8 @@ class Kaleido(nn.Module):
             return {"caption": self.answer_captions(clean, places, plan["caption"])}
 
         objectives, change, judge = self.recipe.weights, plan["change"], plan["judge"]
-        hidden_words, hidden = self.choose(framed, plan)
+        cells = object_cells(images, boxes, self.captioner.grid)
+        hidden_words, hidden = self.choose(framed, cells, plan)
         tokens = torch.where(hidden_words, plan["instead"], plan["tokens"])
         shown, camouflaged = self.alter(clean, hidden, plan)
         features = blank(self.look(shown), hidden[:, level(5)])
@@ -996,11 +1014,12 @@ class Kaleido(nn.Module):
                 answers[task] = logits[known], plan[task][known]
         return answers
 
-    def choose(self, framed, plan):
+    def choose(self, framed, cells, plan):
         """AAG and AGM: what to hide, words (b, L) and patches (b, 55) bool. A wrong caption has no aligned pairs."""
         aligned, rows = {}, plan["change"].nonzero().flatten()
         if self.recipe.align != "none" and len(rows):
-            pairs = align(self.captioner, framed[rows], plan["tokens"][rows], self.alignable, self.recipe.align)
+            seen = framed[rows], plan["tokens"][rows]
+            pairs = align(self.captioner, *seen, self.alignable, self.recipe.align, cells[rows])
             aligned = dict(zip(rows.tolist(), pairs))
         budgets = {}
         for k, objective in ((3, "cp"), (4, "g2cm"), (5, "b2cm")):

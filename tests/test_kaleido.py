@@ -28,6 +28,7 @@ from kaleido import HIDDEN, ORDERS, PATCHES, Config, Kaleido, Recipe, agm, level
 
 settings.register_profile("kaleido", deadline=None, max_examples=12)
 settings.load_profile("kaleido")
+EVEN = torch.ones(1, 4, 4)  # every cell holds the object
 SEEDS = st.integers(0, 2**32 - 1)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CLS, SEP, MASK = 2, 3, 4
@@ -524,11 +525,12 @@ def test_rounding_does_not_choose_among_patches_of_the_same_attention(seed):
 def test_alignable_words_that_the_captioner_says_get_the_patches_of_their_map(way, seed):
     model, framed, tokens = lively(seed=seed), pictures(3, seed), captions([9, 10, 6], seed)
     model.alignable[5:8] = False
+    cells = torch.rand(3, 4, 4, generator=gen(seed), dtype=torch.float64)
     with torch.no_grad():
         model.captioner.out.weight[8:13] *= 3  # so that some words are said
     tokens[0, 1:] = model.captioner.tell(framed)[0][0]  # what the captioner says itself
-    found = kaleido.align(model.captioner, framed, tokens, model.alignable, way)
-    maps, said = kaleido.word_maps(model.captioner, framed, tokens, way)
+    found = kaleido.align(model.captioner, framed, tokens, model.alignable, way, cells)
+    maps, said = kaleido.word_maps(model.captioner, framed, tokens, way, cells)
     assert_equal([maps[said].sum(dim=(1, 2))], [torch.ones(int(said.sum()), dtype=torch.float64)])
     for row in range(3):
         expected = []
@@ -543,7 +545,7 @@ def test_alignable_words_that_the_captioner_says_get_the_patches_of_their_map(wa
                 right = position > 0 and forced[0][position - 1].argmax() == word
                 read = tokens[row].numpy() != 0
                 usual = forced[1][read[1:]].sum(axis=0) / read.sum()  # where the words of this caption look
-                one = forced[1][position - 1] / (usual + 1e-3)
+                one = forced[1][position - 1] / (usual + 1e-3) * (cells[row].flatten().numpy() + 1e-3)
                 said = [one / one.sum()] if right else []
             if said and bool(model.alignable[word]):
                 mean = torch.from_numpy(np.mean(said, axis=0)).view(1, 4, 4)
@@ -552,7 +554,7 @@ def test_alignable_words_that_the_captioner_says_get_the_patches_of_their_map(wa
                     first = next(place for place, share in enumerate(mass) if share > max(mass) - 1e-6)
                     expected.append((position, level(k).start + first))
         assert found[row] == expected
-    backwards = kaleido.align(model.captioner, framed.flip(0), tokens.flip(0), model.alignable, way)
+    backwards = kaleido.align(model.captioner, framed.flip(0), tokens.flip(0), model.alignable, way, cells.flip(0))
     assert backwards == found[::-1]
 
 
@@ -562,17 +564,32 @@ def test_a_place_where_all_words_look_alike_tells_nothing_of_a_word(words, commo
     tokens[0, : words + 1] = 7
     for word in range(1, words + 1):  # each looks at cell 0 and at a cell of its own, at most a ninth as much
         maps[0, word, 0], maps[0, word, word] = common, 1 - common
-    found = kaleido.relative(maps, tokens)[0, 1 : words + 1]
+    cells = torch.ones(1, 16)
+    found = kaleido.relative(maps, tokens, cells)[0, 1 : words + 1]
     assert found.argmax(1).tolist() == list(range(1, words + 1))
     assert_equal([found.sum(1)], [torch.ones(words, dtype=torch.float64)])
+    cells[0, 1] = 0  # the first word looks beside the object
+    assert common < 0.01 or kaleido.relative(maps, tokens, cells)[0, 1].argmax() == 0
+
+
+@pytest.mark.parametrize("g", [2, 4, 8])
+def test_the_cells_hold_the_share_of_the_object_in_the_frame(g):
+    images = torch.stack([picture_with((8, 4, 24, 28)), torch.rand(3, 32, 32, generator=gen(0), dtype=torch.float64)])
+    images[0, :, 4:16, 8:16] = images[0, :, :1, :1]  # the upper left quarter of its box shows the ground
+    cells = kaleido.object_cells(images, kaleido.frame(images), g)
+    expected = torch.ones(2, g, g)
+    expected[0, : g // 2, : g // 2] = 0
+    assert (cells - expected).abs().max() < 0.3 and (cells - expected).abs().mean() < 0.06  # the edge is resized
+    assert torch.equal(cells[1], expected[1])
 
 
 @pytest.mark.parametrize("way", ["told", "forced"])
 def test_the_captioner_and_its_alignments_are_in_fp32_under_autocast(way):
     model, framed, tokens = lively(seed=1).float(), pictures(3).float(), captions([9, 10, 6])
-    plain = kaleido.word_maps(model.captioner, framed, tokens, way)
+    cells = EVEN.expand(3, 4, 4)
+    plain = kaleido.word_maps(model.captioner, framed, tokens, way, cells)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        maps, said = kaleido.word_maps(model.captioner, framed, tokens, way)
+        maps, said = kaleido.word_maps(model.captioner, framed, tokens, way, cells)
         assert torch.equal(maps, plain[0]) and torch.equal(said, plain[1])
         logits, _ = model.captioner(framed, tokens)
         assert logits.dtype == model.score(framed, tokens).dtype == torch.float32
@@ -598,7 +615,7 @@ def test_captions_learnt_by_heart_are_told_and_every_word_is_aligned():
     alignable = torch.arange(V) >= 5
     words = [[position for position, word in enumerate(row) if word >= 5] for row in tokens.tolist()]
     for way in ("told", "forced"):
-        pairs = kaleido.align(captioner, framed, tokens, alignable, way)
+        pairs = kaleido.align(captioner, framed, tokens, alignable, way, EVEN.expand(8, 4, 4))
         assert [sorted({position for position, _ in row}) for row in pairs] == words
 
 
@@ -866,7 +883,7 @@ def test_a_donor_is_another_product_with_another_caption_and_the_label_is_where_
     assert count["cp"] == int((other >= 0).sum())
     _, framed = model.framed(shop.pictures[rows])
     clean = kaleido.cut_all(framed, 8)
-    _, hidden = model.choose(framed, plan)
+    _, hidden = model.choose(framed, EVEN.expand(len(framed), 4, 4), plan)
     shown, _ = model.alter(clean, hidden, plan)
     differs = (shown != clean).flatten(2).any(2)[:, level(3)]
     target = model.answers(shop.pictures[rows], plan)["cp"][1]
@@ -879,7 +896,7 @@ def test_a_batch_of_one_product_has_no_donors_and_nothing_is_swapped():
     plan["other_images"] = 1 - plan["other_images"]
     _, framed = model.framed(shop.pictures[rows])
     clean = kaleido.cut_all(framed, 8)
-    _, hidden = model.choose(framed, plan)
+    _, hidden = model.choose(framed, EVEN.expand(len(framed), 4, 4), plan)
     assert plan["other"].tolist() == [-1, -1] and count == {"cp": 0} and hidden.sum() == 2
     assert torch.equal(model.alter(clean, hidden, plan)[0], clean)
     assert model.losses(shop.pictures[rows], plan)["cp"].item() == 0
@@ -918,7 +935,7 @@ def test_the_switches_of_table_4_leave_out_what_they_name():
     assert torch.equal(model.framed(images)[1], images)
     assert not torch.equal(lively().framed(images)[1], images)
     _, framed = model.framed(shop.pictures)
-    _, hidden = model.choose(framed, plan)
+    _, hidden = model.choose(framed, EVEN.expand(len(framed), 4, 4), plan)
     assert not hidden.any() and not plan["turn"].any() and not plan["order"].any()
     assert model.active(0.0) == ("mlm", "itm")
     assert lively(align="none").active(0.0) == (*TASKS, "cr")  # no captioner is needed
