@@ -219,18 +219,6 @@ def batch_rows(step, batch_size, n, seed):
     return torch.cat(parts)
 
 
-def grouped_rows(step, batch_size, groups, seed, window):
-    """
-    The rows of global batch `step`, (batch_size,) int64, with hard in-batch negatives: the rows of a window of steps,
-    sorted by group and cut into batches again, which come in a random order. A window visits the same rows as before.
-    """
-    first = step // window * window
-    rows = torch.cat([batch_rows(first + i, batch_size, len(groups), seed) for i in range(window)])
-    rows = rows[groups[rows].argsort(stable=True)]
-    order = torch.randperm(window, generator=generator(seed, first, "alike"))
-    return rows.split(batch_size)[order[step - first]]
-
-
 def draw_negatives(rows, products, captions, generator, groups=None):
     """
     Draw for each row another row whose product and caption both differ, all such rows equally likely. With groups, it
@@ -368,7 +356,7 @@ class Batches:
     """
 
     pools: dict  # {name: Split}
-    order: list  # order[step]: the name of the pool to read, and the window of `grouped_rows` (1: `batch_rows`)
+    order: list  # order[step]: the name of the pool to read
     batch_size: int  # G
     seed: int
     start: int
@@ -400,12 +388,8 @@ class Batches:
 
     def batch(self, step):
         """The batch of a step, the pictures of the share not yet loaded."""
-        (name, window), G = self.order[step], self.batch_size
-        split = self.pools[name]
-        if window > 1:
-            rows = grouped_rows(step, G, split.groups, self.seed, window)
-        else:
-            rows = batch_rows(step, G, len(split), self.seed)
+        split, G = self.pools[self.order[step]], self.batch_size
+        rows = batch_rows(step, G, len(split), self.seed)
         views = self.views(step)
         border = 0 if split.pictures is None else views.border(split.pictures.size)
         share = (G * self.index // self.world, G * (self.index + 1) // self.world)
@@ -421,9 +405,9 @@ class Batches:
 
     def task(self, step):
         """What a loading process has to know of a step."""
-        batch, (name, _) = self.batch(step), self.order[step]
+        batch = self.batch(step)
         share = slice(*batch.slice)
-        return name, batch.rows[share], batch.views.at(share), batch.border
+        return self.order[step], batch.rows[share], batch.views.at(share), batch.border
 
 
 class Loader:

@@ -875,10 +875,6 @@ class Kaleido(nn.Module):
         """Every objective reads pairs."""
         return "pairs"
 
-    def window(self, progress):
-        """No objective compares the pairs of a batch: they are not grouped."""
-        return 1
-
     def prepare(self, split):
         """
         Take from the training split which words AAG may align: ordinary ones that are letters and stand in under half

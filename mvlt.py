@@ -175,11 +175,6 @@ class Recipe:
     unmasked_itm: bool = setting(True, "Matching reads only pairs with nothing hidden; no: masked pairs, as the paper.")
     itm_from: float = setting(0.1, "Train the towers alone (itc) until this share of the steps.")
     hard_from: float = setting(1.0, "From this share of the steps on, draw wrong captions from the same sub-category.")
-    group_window: int = setting(
-        1,
-        "After hard_from: sort each window of this many batches by sub-category, so that in-batch negatives are hard "
-        "(1 = off).",
-    )
     drop_caption: float = setting(
         0.2, "Probability of dropping an unmasked, matched pair's caption, so that recognition also learns from photos."
     )
@@ -191,7 +186,7 @@ class Recipe:
             value = getattr(self, name)
             require(value in choices, name, f"must be one of {', '.join(choices)}", value)
         require(type(self.unmasked_itm) is bool, "unmasked_itm", "must be True or False", self.unmasked_itm)
-        require_whole(self, dict(mask_unit=1, group_window=1))
+        require_whole(self, dict(mask_unit=1))
         require_range(self, ("mask_ratio", "mask_pictures", "mask_words", "hard_from", "drop_caption"), 0, 1)
         require_range(self, ("itm_from",), 0, 1, high_included=False)
         rule = "must be both, unless cr is the only objective"
@@ -217,7 +212,9 @@ PAPER = dict(  # Sec. 4.1; epochs, warm-up and final learning rate from the auth
     mirror=0.0, shift=0, zoom=0.0, workers=4, save_every=1000,
 )
 # not in the paper: the demo's recipe with augmentation, for a catalogue of one's own, from scratch
-PLUS = dict(size="pico", batch_size=256, epochs=15.0, fit="pad", mirror=0.5, shift=3, zoom=0.2, save_every=200)
+PLUS = dict(
+    size="pico", batch_size=128, epochs=15.0, weight_decay=1.0, fit="pad", mirror=0.5, shift=3, zoom=0.2, save_every=200
+)
 RECOGNISE = dict(objectives="cr", mask_pictures=0.0, optimizer="adamw", lr=5e-4)  # Sec. 3.3: fine-tune the encoder
 RECIPES = {"demo": dict(size="pico"), "paper": PAPER, "plus": PLUS, "recognise": RECOGNISE}
 
@@ -603,10 +600,6 @@ class MVLT(nn.Module):
     def reads(self, progress):
         """Every objective reads pairs."""
         return "pairs"
-
-    def window(self, progress):
-        """From how many batches, sorted by sub-category, a batch is taken (1: from the epoch's order as it is)."""
-        return self.recipe.group_window if progress >= self.recipe.hard_from else 1
 
     def plan(self, split, rows, draw, vectors, progress):
         """

@@ -1067,14 +1067,13 @@ def test_the_losses_are_those_of_the_papers_equations_over_the_pairs_that_count(
         assert sums.get(name, 0) == pytest.approx(float(expected[name]), rel=1e-4, abs=1e-5), name
 
 
-def test_the_towers_train_alone_until_itm_from_and_batches_are_grouped_after_hard_from():
-    model = stepper(mvlt.Recipe(itm_from=0.25, hard_from=0.5, group_window=8))
+def test_the_towers_train_alone_until_itm_from_and_every_step_reads_pairs():
+    model = stepper(mvlt.Recipe(itm_from=0.25))
     names = {name for name, _ in model.named_parameters()}
     assert model.active(0.0) == ("itc",) and model.plan(shop(), torch.arange(4), drawer(0), None, 0.0) == ({}, {})
     assert model.active(0.25) == ("mir", "itm", "mlm", "itc", "cr") and model.trained(0.25) == names
     late = ("decoder", "match_head", "word_head", "category_head", "subcategory_head")
     assert model.trained(0.0) == {name for name in names if not name.startswith(late)}
-    assert [model.window(progress) for progress in (0.0, 0.49, 0.5, 1.0)] == [1, 1, 8, 8]
     assert {model.reads(progress) for progress in (0.0, 0.5, 1.0)} == {"pairs"}
 
 
@@ -1098,7 +1097,6 @@ def test_recognition_reads_what_it_is_told_to(modality):
         (dict(mask_ratio=1.5), "mask_ratio must lie in [0, 1], got 1.5"),
         (dict(mask_style="dots"), "mask_style must be one of random, grid, stroke, center, got 'dots'"),
         (dict(itm_from=1.0), "itm_from must lie in [0, 1), got 1.0"),
-        (dict(group_window=0), "group_window must be a whole number, 1 or more, got 0"),
         (dict(mask_pictures=0.0), "mask_pictures must be above 0, so that mir and mlm has pairs to read, got 0.0"),
         (
             dict(mask_pictures=1.0, objectives="itm"),
@@ -1118,7 +1116,7 @@ def test_the_papers_recipe_is_section_4_1():
     r = mvlt.Recipe(**{name: value for name, value in mvlt.RECIPES["paper"].items() if name in names})
     assert r.weights == {"mir": 10, "itm": 1, "mlm": 1}
     assert (r.mask_ratio, r.mask_words, r.mask_unit, r.mask_style) == (0.5, 0.15, 16, "random")
-    assert (r.unmasked_itm, r.itm_from, r.hard_from, r.group_window, r.drop_caption) == (False, 0, 1, 1, 0)
+    assert (r.unmasked_itm, r.itm_from, r.hard_from, r.drop_caption) == (False, 0, 1, 0)
     paper = mvlt.RECIPES["paper"]
     assert (paper["lr"], paper["batch_size"], paper["epochs"], paper["size"]) == (2.5e-3, 1200, 150, "tiny")
     assert (paper["mirror"], paper["shift"], paper["zoom"]) == (0, 0, 0)

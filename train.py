@@ -73,7 +73,7 @@ class Settings:
     lr: float = setting(4e-3, "Peak learning rate.")
     final_lr: float = setting(1e-4, "Learning rate at the end of the cosine.")
     warmup: float = setting(0.05, "Share of the steps over which the learning rate rises.")
-    weight_decay: float = setting(1e-4, "AdamW's weight decay of matrices; norms and biases have none.")
+    weight_decay: float = setting(1e-4, "Weight decay of matrices; norms and biases have none.")
     beta2: float = setting(0.999, "AdamW's second beta.")
     clip: float = setting(1.0, "Largest norm of a step's gradient; a longer gradient is shortened to it.")
     mirror: float = setting(0.0, "Augmentation: probability of mirroring a picture.")
@@ -434,7 +434,7 @@ def check_negatives(model, splits):
 
 def open_pools(s, train, order, skip_bad):
     """{what a step reads: its Split}, for those that the steps of `order` read."""
-    read = {name for name, _ in order}
+    read = set(order)
     for name, given in (("pictures", s.images), ("captions", s.texts)):
         if given and name not in read:
             what = "--images" if name == "pictures" else "--texts"
@@ -450,7 +450,7 @@ def open_pools(s, train, order, skip_bad):
 def check_plans(model, pools, order):
     """Fail at start-up, not mid-run, if a stage of the run cannot be planned, as with a mask unit that does not fit."""
     checked = set()
-    for step, (name, _) in enumerate(order):
+    for step, name in enumerate(order):
         progress = step / len(order)
         stage = model.active(progress)
         if stage not in checked:
@@ -637,7 +637,7 @@ def train(args, given):
             model.prepare(splits["train"])
     model.to(device)
     optimizer = make_optimizer(model, s)
-    order = [(model.reads(step / s.steps), model.window(step / s.steps)) for step in range(s.steps)]
+    order = [model.reads(step / s.steps) for step in range(s.steps)]
     pools = open_pools(s, splits["train"], order, args.skip_bad)
     check_plans(model, pools, order)
     autocast = lambda: runtime.autocast(device, s.bf16)

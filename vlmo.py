@@ -632,10 +632,6 @@ class VLMo(nn.Module):
         """Stage 1 reads pictures alone, stage 2 captions alone, then pairs."""
         return {"mim": "pictures", "textmlm": "captions"}.get(self.active(progress)[0], "pairs")
 
-    def window(self, progress):
-        """Batches are drawn from the whole split."""
-        return 1
-
     # --- Pre-training tasks ---
 
     def plan(self, split, rows, draw, vectors, progress):

@@ -839,32 +839,6 @@ def test_batches_are_the_epochs_laid_end_to_end(n, batch_size, steps, seed):
         assert part.min() >= 0 and part.max() < n
 
 
-SMALL = st.integers(1, 5)
-
-
-@law
-@given(n=st.integers(1, 30), batch_size=SMALL, window=SMALL, kinds=SMALL, first=st.integers(0, 3), seed=SEEDS)
-def test_a_window_of_grouped_batches_holds_the_same_rows_group_by_group(n, batch_size, window, kinds, first, seed):
-    groups = torch.randint(-1, kinds, (n,), generator=data.generator(seed))
-    steps = range(first * window, (first + 1) * window)
-    grouped = [data.grouped_rows(step, batch_size, groups, seed, window) for step in steps]
-    usual = torch.cat([data.batch_rows(step, batch_size, n, seed) for step in steps])
-    assert all(len(rows) == batch_size for rows in grouped)
-    assert sorted(torch.cat(grouped).tolist()) == sorted(usual.tolist())
-    in_order = sorted((groups[rows].tolist() for rows in grouped), key=lambda batch: (min(batch), max(batch)))
-    assert sum(in_order, []) == sorted(groups[usual].tolist())  # side by side, the batches are the sorted window
-
-
-def test_grouped_batches_come_in_a_random_order():
-    groups = torch.arange(64) // 8
-    orders = set()
-    for seed in range(5):
-        firsts = [int(groups[data.grouped_rows(step, 8, groups, seed, 8)][0]) for step in range(8)]
-        assert sorted(firsts) == list(range(8))
-        orders.add(tuple(firsts))
-    assert len(orders) == 5
-
-
 def test_epochs_and_seeds_differ_in_their_order():
     orders = {tuple(data.epoch_order(50, seed, epoch).tolist()) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
@@ -884,7 +858,6 @@ def test_equal_keys_give_equal_randomness_and_other_keys_other(key, other):
 def test_the_draws_are_those_of_earlier_versions():
     """An older run must go on with the same batches: these numbers may never change."""
     assert data.batch_rows(3, 5, 12, seed=7).tolist() == [9, 8, 6, 11, 10]
-    assert data.grouped_rows(3, 5, torch.arange(12) % 3, seed=7, window=2).tolist() == [3, 9, 6, 1, 1]
     pairs, groups = torch.arange(12) // 2, torch.arange(12) % 3
     drawn = data.draw_negatives(torch.arange(6), pairs, pairs, data.generator(7, "negatives"), groups)
     assert drawn.tolist() == [6, 7, 11, 9, 7, 8]
@@ -913,7 +886,7 @@ def split_of(pixels, groups=None):
 
 NOISE = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 3), np.uint8)
 PAIRS = split_of(NOISE)
-ALWAYS_PAIRS = [("pairs", 1)] * 100
+ALWAYS_PAIRS = ["pairs"] * 100
 
 
 def batches(pixels=None, start=0, stop=5, order=ALWAYS_PAIRS, pools=None, size=7, seed=3, **options):
@@ -971,21 +944,18 @@ def test_parts_cover_the_share_and_any_place_has_its_own_picture_in_every_proces
     assert covered == list(range(size))
 
 
-def test_each_step_reads_its_own_pool_and_window():
-    groups = torch.arange(23) % 4
+def test_each_step_reads_its_own_pool():
     pools = {
-        "pairs": split_of(NOISE, groups),
+        "pairs": split_of(NOISE),
         "pictures": split_of(255 - NOISE[:9]),
         "captions": data.replace(PAIRS, rows=[{}] * 11, pictures=None),
     }
-    order = [("pictures", 1)] * 2 + [("captions", 1)] * 2 + [("pairs", 1)] * 2 + [("pairs", 3)] * 3
+    order = ["pictures"] * 2 + ["captions"] * 2 + ["pairs"] * 5
     for workers in (0, 2):
         found = list(batches(pools=pools, order=order, stop=9, workers=workers, **MOVED))
-        assert [batch.split for batch in found] == [pools[name] for name, _ in order]
-        for batch, (name, window) in zip(found, order):
+        assert [batch.split for batch in found] == [pools[name] for name in order]
+        for batch, name in zip(found, order):
             expected = data.batch_rows(batch.step, 7, len(pools[name]), 3)
-            if window > 1:
-                expected = data.grouped_rows(batch.step, 7, groups, 3, window)
             assert (batch.rows == expected).all()
             if name == "captions":
                 assert batch.images(slice(0, 7)) is None

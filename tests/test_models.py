@@ -62,7 +62,7 @@ class Scene:
 
     def batch(self, G, step, seed):
         """The whole batch, with augmentation."""
-        order = [("pool", self.model.window(self.progress))] * (step + 1)
+        order = ["pool"] * (step + 1)
         batches = data.Batches({"pool": self.split}, order, G, seed, step, step + 1, mirror=0.5, shift=1, zoom=0.2)
         return next(iter(batches))
 
@@ -295,7 +295,7 @@ def test_a_model_that_is_saved_and_loaded_scores_the_same(shop, tmp_path, name):
 # --- Short runs ---
 
 RUN = {  # the end of each stage falls into the six steps
-    "mvlt": "--itm-from 0.5 --hard-from 0.7 --group-window 2",
+    "mvlt": "--itm-from 0.5 --hard-from 0.7",
     "kaleido": "--align-from 0.5",
     "vlmo": "--image-until 0.17 --text-until 0.34 --itm-from 0.5",
 }

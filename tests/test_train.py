@@ -71,7 +71,7 @@ def flags_of(name):
 
 TINY = [*flags_of("mvlt"), "--mask-unit", "8"]
 RUN = """--steps 8 --batch-size 6 --lr 5e-4 --log-every 1 --save-every 3 --itm-from 0.25 --hard-from 0.5
-    --group-window 2 --mirror 0.5 --shift 1 --zoom 0.2""".split()  # all five objectives, dropout, hard negatives
+    --mirror 0.5 --shift 1 --zoom 0.2""".split()  # all five objectives, dropout, hard negatives
 EXACT = "--no-bf16 --dropout 0 --drop-path 0".split()  # where only the order of a sum may differ
 ONE_STEP = [*TINY, "--steps", "1", "--batch-size", "4"]
 RESUME = ["--resume", "--device", "cpu"]
@@ -297,7 +297,7 @@ def test_a_run_says_what_it_did(unbroken, shop):
     assert fused["loss"] == pytest.approx(total, rel=1e-5)
     written = json.loads((unbroken / "config.json").read_text())
     assert written["settings"]["data"] == str(shop) and written["settings"]["steps"] == 8
-    assert written["config"]["dims"] == [4, 8, 8, 16] and written["recipe"]["group_window"] == 2
+    assert written["config"]["dims"] == [4, 8, 8, 16] and written["recipe"]["hard_from"] == 0.5
     samples = sorted(path.name for path in (unbroken / "samples").iterdir())
     assert samples == ["000003.png", "000006.png", "000008.png"]
     assert Image.open(unbroken / "samples" / "000008.png").size == (8 * 32, 3 * 32)  # a column for each picture
@@ -439,13 +439,6 @@ def test_norms_and_biases_are_not_decayed(unbroken):
     for group in groups:
         for parameter in group["params"]:
             assert (parameter.ndim > 1) == (group["weight_decay"] == 0.3)
-
-
-def test_batches_of_a_sub_category_come_when_hard_negatives_come(shop, tmp_path, monkeypatch):
-    asked, usual = [], data.grouped_rows
-    monkeypatch.setattr(data, "grouped_rows", lambda step, *rest: (asked.append(step), usual(step, *rest))[1])
-    in_process(tmp_path / "run", *TINY, *RUN, "--data", shop)
-    assert set(asked) == {4, 5, 6, 7}  # --hard-from 0.5 of 8
 
 
 # --- Faults ---
@@ -1100,7 +1093,7 @@ def test_the_papers_preset_is_section_4_1_whatever_the_demo_does():
     assert r.weights == {"mir": 10, "itm": 1, "mlm": 1} and mvlt.Config.preset(s.size, **config) == mvlt.Config()
     assert (s.lr, s.weight_decay, s.batch_size, s.epochs) == (2.5e-3, 1e-4, 1200, 150)
     assert (r.mask_ratio, r.mask_words, r.mask_unit, r.mask_style) == (0.5, 0.15, 16, "random")
-    assert (r.hard_from, r.group_window, r.itm_from, r.unmasked_itm, r.drop_caption) == (1, 1, 0, False, 0)
+    assert (r.hard_from, r.itm_from, r.unmasked_itm, r.drop_caption) == (1, 0, False, 0)
     assert (s.mirror, s.shift, s.zoom, s.fit) == (0, 0, 0, "stretch")
 
 
@@ -1140,7 +1133,7 @@ OF_THE_RECIPE = """--objectives mir:1,itm:3,mlm,itc,cr | --objectives mir,itm,ml
     | --objectives mir,itm:3,mlm:2,itc,cr | --objectives mir,itm:3,mlm,itc:2,cr
     | --objectives mir,itm:3,mlm,itc,cr:2 | --objectives mir,itm:3,mlm,itc
     | --mask-ratio 0.2 | --mask-unit 16 | --mask-style grid | --mask-pictures 0.9 | --mask-words 0.9 | --no-unmasked-itm
-    | --itm-from 0 | --hard-from 1 | --group-window 1 | --drop-caption 1 | --mirror 0 | --shift 0 | --zoom 0 | --lr 1e-3
+    | --itm-from 0 | --hard-from 1 | --drop-caption 1 | --mirror 0 | --shift 0 | --zoom 0 | --lr 1e-3
     | --final-lr 4e-4 | --warmup 1 | --weight-decay 1 | --beta2 0.9 | --clip 0.01 | --seed 1 | --batch-size 13
     | --dropout 0.5 | --drop-path 0.5 | --steps 5 | --vocab-size 90 | --fit pad | --attend-padding"""
 OF_THE_MACHINE = "--log-every 3 | --save-every 2 | --workers 1 | --decode live"
