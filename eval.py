@@ -20,7 +20,6 @@ A row whose class the run never saw counts as an error. Other departures are tho
 import argparse
 import contextlib
 import functools
-import itertools
 import json
 import math
 import os
@@ -32,12 +31,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 import data
-import mvlt
-from extras import captions, lists, readers, report, runtime, weights
+from extras import captions, figures, lists, readers, report, runtime, weights
 from extras.lists import WAYS, candidates
 from extras.metrics import (
     accuracy,
@@ -61,7 +58,6 @@ TASKS = {  # task -> (objectives, any of which trains a run for it; the method t
 }
 FIELDS = ("category", "subcategory")  # M-CR and S-CR
 READS = {"both": "picture and caption", "image": "the picture alone", "text": "the caption alone"}
-RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)  # the shares hidden in Fig. 7; Table 3 (a)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -353,29 +349,6 @@ def recognition(rows, labels, predicted):
     return results
 
 
-def hide(images, keys, style, ratio, unit, seed=0):
-    """Mask each picture by a draw that depends on its key alone -> masked pictures, hidden (B, 1, H, W) bool."""
-    masked, hidden = [], []
-    for image, key in zip(images, keys):
-        one, where = mvlt.mask_images(image[None], style, ratio, unit, data.generator(seed, "hide", int(key)))
-        masked.append(one)
-        hidden.append(where)
-    return torch.cat(masked), torch.cat(hidden)
-
-
-def rebuild(model, masked, tokens):
-    """The whole pictures, (B, 3, H, W) in [0, 1], from what is left of them and their captions."""
-    with runtime.autocast(masked.device):
-        return model.rebuild(masked, tokens).float().clamp(0, 1)
-
-
-def fill_with_mean(images, hidden):
-    """The floor: every hidden pixel takes the mean colour of the picture's visible ones."""
-    seen = ~hidden
-    mean = (images * seen).sum(dim=(2, 3), keepdim=True) / seen.sum(dim=(2, 3), keepdim=True).clamp(min=1)
-    return torch.where(hidden, mean, images)
-
-
 def generation(model, split, batch_size=256, what=None):
     """
     PSNR and SSIM of the rebuilt pictures, hidden as the recipe says: of the picture that the model makes, over hidden
@@ -387,9 +360,9 @@ def generation(model, split, batch_size=256, what=None):
 
     def measure(batch):
         images = split.images(rows[batch], device)
-        masked, hidden = hide(images, rows[batch], r.mask_style, r.mask_ratio, r.mask_unit)
-        rebuilt = rebuild(model, masked, data.trim(tokens[batch]).to(device))
-        pasted, floor = torch.where(hidden, rebuilt, images), fill_with_mean(images, hidden)
+        masked, hidden = figures.hide(images, rows[batch], r.mask_style, r.mask_ratio, r.mask_unit)
+        rebuilt = figures.rebuild(model, masked, data.trim(tokens[batch]).to(device))
+        pasted, floor = torch.where(hidden, rebuilt, images), figures.fill_with_mean(images, hidden)
         values = [psnr(rebuilt, images), ssim(rebuilt, images), psnr(rebuilt, images, hidden), psnr(pasted, images),
                   ssim(pasted, images), psnr(floor, images), ssim(floor, images), psnr(floor, images, hidden)]
         return torch.stack(values, dim=1).clamp(max=100)
@@ -397,29 +370,6 @@ def generation(model, split, batch_size=256, what=None):
     with runtime.evaluating(model) as device:
         means = share_out(by_length(tokens, batch_size), measure, len(names), device, what).mean(dim=0)
     return {**dict(zip(names, means.tolist())), "style": r.mask_style, "ratio": r.mask_ratio, "unit": r.mask_unit}
-
-
-def rebuilt_sheet(images, hidden, rebuilt):
-    """One column per picture (B, 3, H, W): hidden pixels in grey, rebuilt, original. -> (3 H, B W, 3) uint8."""
-    lines = [images.masked_fill(hidden, 0.5), rebuilt, images]
-    sheet = torch.cat([torch.cat(list(line), dim=2) for line in lines], dim=1)  # (3, 3 H, B W)
-    return (sheet * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-
-
-def samples(model, split, rows, style=None, ratio=None, seed=0):
-    """The `rebuilt_sheet` of some rows, hidden as the model's recipe says, or in another style or ratio."""
-    r = model.recipe
-    with runtime.evaluating(model) as device:
-        images = split.images(rows, device)
-        masked, hidden = hide(images, rows, style or r.mask_style, ratio or r.mask_ratio, r.mask_unit, seed)
-        return rebuilt_sheet(images, hidden, rebuild(model, masked, data.trim(split.tokens[rows]).to(device)))
-
-
-def draw_samples(model, split, path, seed=0, shown=8):
-    """A PNG of the first rows: hidden, rebuilt, original."""
-    sheet = samples(model, split, torch.arange(min(shown, len(split))), seed=seed)
-    with runtime.whole_file(path) as file:
-        Image.fromarray(sheet).save(file, "PNG")
 
 
 def captioning(model, split, batch_size=256, what=None):
@@ -645,60 +595,32 @@ def draw_all(args, rows):
 def measure(args, run, draws):
     """All of one run's tasks -> its results, and its figures as HTML."""
     model, split, size, towers = run.model, run.split, args.batch_size, None
-    results, figures = {"about": about(run)}, []
+    results, html = {"about": about(run)}, []
     if "itc" in model.recipe.weights and {"retrieval", "full_gallery"} & set(run.tasks):
         towers = read_towers(model, split, size, f"{run.name}, towers")
     for task in run.tasks:
         what = f"{run.name}, {task.replace('_', ' ')}"
         if task == "retrieval":
             results[task], shown = retrieval(model, split, draws, towers, args.best, size, what)
-            figures += report.retrieval_figure(split, shown)
+            html += report.retrieval_figure(split, shown)
         elif task == "recognition":
             results[task], predicted = measure_recognition(model, split, size, what)
             true = np.stack([true_classes(split.rows, field, model.labels[field]) for field in FIELDS], axis=1)
-            figures += report.recognition_figure(split, model.labels, true, predicted)
+            html += report.recognition_figure(split, model.labels, true, predicted)
         elif task == "generation":
             results[task] = generation(model, split, size, what)
-            figures += generation_figures(model, split)
+            html += figures.rebuilding(model, split)
         elif task == "captioning":
             results[task], said = captioning(model, split, size, what)
-            figures += report.captioning_figure(split, said)
+            html += report.captioning_figure(split, said)
         elif task == "pretext":
             with runtime.evaluating(model):
                 results[task] = model.pretext(split, functools.partial(data.generator, args.seed, "pretext"))
             if "sat" in model.recipe.weights:
-                figures += report.alignment_figure(draw_aligned_words(model, split))
+                html += report.alignment_figure(figures.aligned_words(model, split))
         else:
             results[task] = full_gallery(model, split, towers, args.queries, args.best, args.seed, size, what)
-    return results, figures
-
-
-def alignment(model, images, tokens):
-    """
-    Where a model sees each word: for each pair [(word, its patches, its heat), ...], and the boxes (B, 4) that the
-    heats (g, g) cover. Patches (n, 4) and boxes are x1, x2, y1, y2 as shares of the picture's sides.
-    """
-    places, pairs, maps = model.align(images, tokens)
-    places, maps, found = places[..., :4].float().cpu().numpy(), maps.float().cpu().numpy(), []
-    for row, of_row in enumerate(pairs):
-        found.append([])
-        for position, of_word in itertools.groupby(sorted(of_row), key=lambda pair: pair[0]):
-            patches = places[row][[patch for _, patch in of_word]]
-            found[row].append((model.vocabulary[tokens[row, position]], patches, maps[row, position]))
-    return found, places[:, 0]
-
-
-def draw_aligned_words(model, split, shown=8, limit=64):
-    """{word: a picture of where the model sees it}, each in another of the first pictures."""
-    rows, drawn = torch.arange(min(limit, len(split))), {}
-    with runtime.evaluating(model) as device:
-        found, boxes = alignment(model, split.images(rows, device), data.trim(split.tokens[rows]).to(device))
-    for row, words in enumerate(found):
-        new = [one for one in words if one[0] not in drawn]
-        if new and len(drawn) < shown:
-            image = Image.fromarray(split.pictures[row]).resize((240, 240))
-            drawn[new[0][0]] = np.asarray(report.draw_word(image, boxes[row], *new[0]))
-    return drawn
+    return results, html
 
 
 def measure_recognition(model, split, batch_size, what):
@@ -708,15 +630,6 @@ def measure_recognition(model, split, batch_size, what):
         predicted[way] = read_classes(model, split, way, batch_size, f"{what} from {READS[way]}")
         results[READS[way]] = recognition(split.rows, model.labels, predicted[way])
     return results, predicted[modality]
-
-
-def generation_figures(model, split, shown=6):
-    """Fig. 7: several ratios. Fig. 8: the four styles."""
-    rows = torch.linspace(0, len(split) - 1, min(shown, len(split))).long()
-    ratios = {f"{100 * ratio:g}% hidden": samples(model, split, rows, ratio=ratio) for ratio in RATIOS}
-    styles = {style: samples(model, split, rows, style=style) for style in mvlt.MASK_STYLES}
-    figure = report.sheets_figure("Hidden and rebuilt (Fig. 7)", ratios)
-    return figure + report.sheets_figure("Four ways to hide (Fig. 8)", styles)
 
 
 def about(run):
@@ -763,12 +676,12 @@ def main(arguments=None):
     runtime.keep_freed_memory()
     runs, folder = open_runs(args, runtime.join_processes(args.device))
     split, draws = runs[0].split, None
-    results, figures = {"measured": measured_on(args, split, folder), "runs": {}}, {}
+    results, html = {"measured": measured_on(args, split, folder), "runs": {}}, {}
     if any("retrieval" in run.tasks for run in runs):
         draws = draw_all(args, split.rows)
         results["lists"] = lists.describe(split.rows, draws)
     for run in runs:
-        results["runs"][run.name], figures[run.name] = measure(args, run, draws)
+        results["runs"][run.name], html[run.name] = measure(args, run, draws)
     if runtime.process_index() > 0:
         return
     tables = report.tables(results)
@@ -781,7 +694,7 @@ def main(arguments=None):
         file.write(json.dumps(without_nan(results), indent=1, allow_nan=False).encode())
     logs = {run.name: report.read_log(run.home / "log.jsonl") for run in runs}
     with runtime.whole_file(out / "report.html") as file:
-        file.write(report.page(results, tables, figures, logs).encode(errors="backslashreplace"))
+        file.write(report.page(results, tables, html, logs).encode(errors="backslashreplace"))
     print(f"\n{out / 'results.json'}\n{out / 'report.html'}")
 
 

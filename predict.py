@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
+from extras import figures, pictures, readers, report, runtime, weights
 from extras import index as index_files
-from extras import pictures, readers, report, runtime, weights
 from extras.runtime import UserError, at_least, quoted
 
 BATCH = 64  # pictures or pairs in a forward pass
@@ -249,11 +249,11 @@ def rebuild(run, image, text="", hide=0.5, seed=0):
     recipe, tokens = run.model.recipe, words_or_none(run, text)
     with runtime.evaluating(run.model) as device:
         original = data.to_floats(open_one(run, image), device)
-        masked, hidden = evaluation.hide(original, [0], recipe.mask_style, hide, recipe.mask_unit, seed)
-        rebuilt = evaluation.rebuild(run.model, masked, tokens.to(device))
-    sheet = evaluation.rebuilt_sheet(original, hidden, rebuilt)  # (3 H, W, 3)
+        masked, hidden = figures.hide(original, [0], recipe.mask_style, hide, recipe.mask_unit, seed)
+        rebuilt = figures.rebuild(run.model, masked, tokens.to(device))
+    sheet = figures.rebuilt_sheet(original, hidden, rebuilt)  # (3 H, W, 3)
     result = dict(zip(("hidden", "rebuilt", "original"), np.split(sheet, 3)))
-    floor = evaluation.fill_with_mean(original, hidden)
+    floor = figures.fill_with_mean(original, hidden)
     result["psnr"], result["floor"] = (evaluation.psnr(one, original, hidden).item() for one in (rebuilt, floor))
     return result | {"share": hidden.float().mean().item()}
 
@@ -290,7 +290,7 @@ def align(run, image, text):
     needs(run, "align")
     tokens = words(run, [text])
     with inference(run) as device:
-        found, boxes = evaluation.alignment(run.model, data.to_floats(open_one(run, image), device), tokens.to(device))
+        found, boxes = figures.alignment(run.model, data.to_floats(open_one(run, image), device), tokens.to(device))
     return found[0], boxes[0]
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from extras import readers, report, runtime, toy, weights
+from extras import figures, readers, report, runtime, toy, weights
 from extras.muon import Muon
 from extras.pictures import DECODE
 from extras.runtime import UserError, quoted
@@ -736,7 +736,7 @@ def save_if_full(write, step, path, save):
 def draw_samples(model, split, out, step, seed):
     """A PNG with hidden, rebuilt and original pictures, for a model that rebuilds."""
     if hasattr(model, "rebuild") and "mir" in model.recipe.weights:
-        evaluation.draw_samples(model, split, out / "samples" / f"{step:06d}.png", seed)
+        figures.draw_samples(model, split, out / "samples" / f"{step:06d}.png", seed)
 
 
 def compile_parts(model):

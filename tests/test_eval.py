@@ -23,7 +23,7 @@ import eval as evaluation
 import kaleido
 import mvlt
 import vlmo
-from extras import report, runtime, weights
+from extras import figures, report, runtime, weights
 from extras.runtime import UserError
 
 settings.register_profile("eval", deadline=None, max_examples=25)
@@ -442,17 +442,17 @@ def test_classes_are_read_as_row_by_row(store, modality, in_float32):
 def test_what_is_hidden_of_a_picture_depends_on_its_key_alone(store):
     images = store.split.images(range(6))
     for style in mvlt.MASK_STYLES:
-        masked, hidden = evaluation.hide(images, range(6), style, 0.5, 8)
-        assert evaluation.hide(images[3:], range(3, 6), style, 0.5, 8)[1].equal(hidden[3:])
+        masked, hidden = figures.hide(images, range(6), style, 0.5, 8)
+        assert figures.hide(images[3:], range(3, 6), style, 0.5, 8)[1].equal(hidden[3:])
         assert masked.equal(images.masked_fill(hidden, mvlt.ZERO))
-    same, other = (evaluation.hide(images, range(first, first + 6), "random", 0.5, 8)[1] for first in (0, 6))
+    same, other = (figures.hide(images, range(first, first + 6), "random", 0.5, 8)[1] for first in (0, 6))
     assert not same.equal(other)
 
 
 def test_the_floor_keeps_what_is_seen_and_fills_the_rest_with_its_mean():
     image, hidden = two_pictures(0, 6, 6)[0], torch.zeros(2, 1, 6, 6, dtype=torch.bool)
     hidden[:, :, :3, 1:] = True
-    filled = evaluation.fill_with_mean(image, hidden)
+    filled = figures.fill_with_mean(image, hidden)
     for i in range(2):
         for c in range(3):
             seen = [image[i, c, y, x].item() for y in range(6) for x in range(6) if not hidden[i, 0, y, x]]
@@ -496,7 +496,7 @@ def test_a_sheet_shows_hidden_rebuilt_and_original_in_columns():
     images, rebuilt = two_pictures(0, 4, 4)
     hidden = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     hidden[1, 0, 2, 3] = True
-    sheet = evaluation.rebuilt_sheet(images, hidden, rebuilt)
+    sheet = figures.rebuilt_sheet(images, hidden, rebuilt)
     assert sheet.shape == (12, 8, 3) and sheet[2, 7].tolist() == [128, 128, 128]
     pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     assert (sheet[8:, 4:] == pixels[1]).all() and (sheet[:4, :4] == pixels[0]).all()
@@ -731,13 +731,13 @@ def test_the_report_shows_each_aligned_word_once_in_a_picture_of_its_own(store, 
     said = store.split.tokens[0, 3].item()  # the captioner says nothing else
     model.captioner.out.bias.data[said] = 1e4
     word = store.tokenizer.words[said]
-    drawn = evaluation.draw_aligned_words(model, store.split)
+    drawn = figures.aligned_words(model, store.split)
     assert drawn.keys() == {word} and drawn[word].shape == (240, 240, 3)
     with torch.no_grad():
-        [found], [box] = evaluation.alignment(model, store.split.images([0]), store.split.tokens[:1])
+        [found], [box] = figures.alignment(model, store.split.images([0]), store.split.tokens[:1])
     first = Image.fromarray(store.split.pictures[0]).resize((240, 240))
     assert np.array_equal(drawn[word], report.draw_word(first, box, *found[0]))  # the first picture, not a later one
-    assert len(evaluation.draw_aligned_words(model, store.split, shown=0)) == 0
+    assert len(figures.aligned_words(model, store.split, shown=0)) == 0
     model.labels = {"category": [], "subcategory": []}
     run = store.write_run(tmp_path / "run", model)
     run_main(run)
