@@ -280,8 +280,8 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """
-    Linear, GELU, Linear. The hidden layer, 4 or 8 times as wide, would be kept for the backward pass before and after
-    GELU; it is kept before and GELU computed again.
+    Linear, GELU, Linear. The backward pass needs the hidden layer, 4 or 8 times as wide, before and after GELU: it is
+    kept once, before, and GELU is computed again.
     """
 
     AT_ONCE = 1 << 22  # numbers of the hidden layer computed at once on a CPU, so that they stay in its cache
