@@ -211,9 +211,9 @@ PAPER = dict(  # Sec. 4.1; epochs, warm-up and final learning rate from the auth
     drop_caption=0.0, epochs=150.0, batch_size=1200, optimizer="adamw", lr=2.5e-3, final_lr=1e-5, warmup=5 / 150,
     mirror=0.0, shift=0, zoom=0.0, workers=4, save_every=1000,
 )
-# not in the paper: the demo's recipe with augmentation, for a catalogue of one's own, from scratch
+# not in the paper: the demo's recipe, longer and with augmentation, for a catalogue of one's own, from scratch
 PLUS = dict(
-    size="pico", batch_size=128, epochs=15.0, weight_decay=1.0, fit="pad", mirror=0.5, shift=3, zoom=0.2, save_every=200
+    size="pico", batch_size=256, steps=1200, weight_decay=1.0, mirror=0.5, shift=3, zoom=0.2, save_every=200
 )
 RECOGNISE = dict(objectives="cr", mask_pictures=0.0, optimizer="adamw", lr=5e-4)  # Sec. 3.3: fine-tune the encoder
 RECIPES = {"demo": dict(size="pico"), "paper": PAPER, "plus": PLUS, "recognise": RECOGNISE}
