@@ -99,7 +99,7 @@ def pair_scores(model, split, pairs, batch_size=256, what=None):
     def score(batch):
         pictures, which = torch.unique(distinct[batch, 0], return_inverse=True)
         images, words = split.images(pictures, device), data.trim(tokens[batch]).to(device)
-        with runtime.autocast(device):
+        with runtime.precision_of(model):
             if reads_apart:
                 return model.score_features(*(part[which] for part in model.look_at(images)), words)[:, None]
             return model.score(images[which], words)[:, None]
@@ -127,11 +127,11 @@ def read_towers(model, split, batch_size=256, what=None, limit=None):
     tokens = split.tokens[texts]
 
     def embed_pictures(batch):
-        with runtime.autocast(device):
+        with runtime.precision_of(model):
             return model.embed_images(split.images(pictures[batch], device))
 
     def embed_captions(batch):
-        with runtime.autocast(device):
+        with runtime.precision_of(model):
             return model.embed_texts(data.trim(tokens[batch]).to(device))
 
     width, in_order = model.config.embed_dim, torch.arange(len(pictures)).split(batch_size)
@@ -309,7 +309,7 @@ def read_classes(model, split, modality="both", batch_size=256, what=None, limit
 
     def classify(batch):
         images = None if modality == "text" else split.images(pairs[batch, 0], device)
-        with runtime.autocast(device):
+        with runtime.precision_of(model):
             logits = model.classify(images, data.trim(tokens[batch]).to(device))
         return torch.stack([part.float().argmax(dim=1) for part in logits], dim=1)
 
@@ -377,7 +377,7 @@ def captioning(model, split, batch_size=256, what=None):
     rows, width = first_rows(split.pictures.index).unique(), model.config.text_len
 
     def caption(batch):
-        with runtime.autocast(device):
+        with runtime.precision_of(model):
             ids = model.caption(split.images(rows[batch], device))
         return F.pad(ids, (0, width - ids.shape[1]), value=split.tokenizer.pad_id)
 

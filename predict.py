@@ -157,8 +157,8 @@ def words_or_none(run, text):
 
 @contextlib.contextmanager
 def inference(run):
-    """Forward passes without gradients or dropout, in bf16 where the device gains from it. Yields the device."""
-    with runtime.evaluating(run.model) as device, runtime.autocast(device):
+    """Forward passes without gradients or dropout, in the precision of the run's training. Yields the device."""
+    with runtime.evaluating(run.model) as device, runtime.precision_of(run.model):
         yield device
 
 

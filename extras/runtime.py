@@ -190,6 +190,11 @@ def autocast(device, enabled=True):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled and has_fast_bf16(device))
 
 
+def precision_of(model):
+    """The autocast for a model's forward passes: none if its run was trained with --no-bf16."""
+    return autocast(next(model.parameters()).device, getattr(model, "bf16", True))
+
+
 @contextlib.contextmanager
 def evaluating(model):
     """Evaluation mode without gradients; afterwards the model is as it was. Yields the model's device."""

@@ -139,6 +139,7 @@ def load_run(path, device="cpu"):
         good = good and isinstance(run.get(name, kind()), kind)
     if not good:
         raise UserError(f"{files[0]}: damaged (run must be a dict of settings, step a whole number)")
+    model.bf16 = bool(run.get("bf16", True))  # a run trained in fp32 answers in fp32 (runtime.precision_of)
     tokenizer = Tokenizer(model.vocabulary, source=str(files[0]))
     return model.to(device), tokenizer, {**run, "step": step, "checkpoint": files[0].name}
 

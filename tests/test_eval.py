@@ -287,6 +287,17 @@ def test_pairs_score_as_each_would_alone_whatever_the_batch(store, in_float32):
     assert len(set(wanted)) == 5  # the model tells the pairs apart
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_run_is_scored_in_the_precision_that_it_was_trained_in(store, tmp_path, bf16, monkeypatch):
+    """The machine is taken for one that has bf16, so that the law holds on any."""
+    monkeypatch.setattr(runtime, "has_fast_bf16", lambda device: True)
+    model, _, _ = weights.load_run(store.write_run(tmp_path / "run", bf16=bf16))
+    pairs = torch.tensor([[0, 0], [5, 2], [17, 40]])
+    found = evaluation.pair_scores(model, store.split, pairs).tolist()
+    wanted = [score_alone(store.model, store.split, *pair) for pair in pairs.tolist()]
+    assert (found == pytest.approx(wanted, abs=1e-5)) != bf16
+
+
 def test_a_pair_and_a_picture_and_a_caption_are_read_once_however_often_they_are_asked(store, monkeypatch):
     read = {"score": [], "embed_images": [], "embed_texts": []}
     for name, seen in read.items():
