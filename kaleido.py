@@ -38,6 +38,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from extras import kaleido_weights
+from extras.runtime import Linear
 from mvlt import (
     empty_captions,
     parse_objectives,
@@ -399,11 +400,11 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads = c.heads
-        self.query, self.key, self.value = (nn.Linear(c.width, c.width) for _ in range(3))
-        self.out = nn.Linear(c.width, c.width)
+        self.query, self.key, self.value = (Linear(c.width, c.width) for _ in range(3))
+        self.out = Linear(c.width, c.width)
         self.norm1 = nn.LayerNorm(c.width, eps=1e-12)
-        self.fc1 = nn.Linear(c.width, c.mlp_ratio * c.width)
-        self.fc2 = nn.Linear(c.mlp_ratio * c.width, c.width)
+        self.fc1 = Linear(c.width, c.mlp_ratio * c.width)
+        self.fc2 = Linear(c.mlp_ratio * c.width, c.width)
         self.norm2 = nn.LayerNorm(c.width, eps=1e-12)
         self.dropout = nn.Dropout(c.dropout)
 

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from extras import foreign
+from extras.runtime import Linear
 
 
 def require(condition, setting, rule, value):
@@ -256,9 +257,9 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, reduction):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
         self.sr = nn.Conv2d(dim, dim, reduction, stride=reduction) if reduction > 1 else None
         self.norm = nn.LayerNorm(dim) if reduction > 1 else None
 
@@ -288,8 +289,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, z):
         samples = len(z) if z.is_cuda else max(1, self.AT_ONCE // (z.shape[1] * self.fc1.out_features))
@@ -343,7 +344,7 @@ class Stage(nn.Module):
         self.embed_image = nn.Conv2d(c.dims[k - 1] if k else 3, wide, stride, stride=stride)  # W_v
         self.norm_image = nn.LayerNorm(wide)
         self.position_image = nn.Parameter(torch.zeros(c.side(k) ** 2, wide))  # P_v
-        self.embed_text = nn.Linear(c.dims[k - 1] if k else c.token_dim, wide)  # W_t
+        self.embed_text = Linear(c.dims[k - 1] if k else c.token_dim, wide)  # W_t
         self.norm_text = nn.LayerNorm(wide)
         self.position_text = nn.Parameter(torch.zeros(c.text_len, wide))  # P_t
         self.reduction = c.sr_ratios[k]

@@ -40,6 +40,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from extras import vlmo_weights
+from extras.runtime import Linear, linear
 from mvlt import (
     DropPath,
     draw_units,
@@ -263,11 +264,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(c.width, 3 * c.width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(c.width))
         self.v_bias = nn.Parameter(torch.zeros(c.width))
-        self.proj = nn.Linear(c.width, c.width)
+        self.proj = Linear(c.width, c.width)
 
     def forward(self, z, mask):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(z, self.qkv.weight, bias)  # (B, T, 3 D)
+        qkv = linear(z, self.qkv.weight, bias)  # (B, T, 3 D)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # three of (B, A, T, D/A)
         out = attend(q, k, v, mask)
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
@@ -279,8 +280,8 @@ class Expert(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
-        self.fc1 = nn.Linear(c.width, c.mlp_ratio * c.width)
-        self.fc2 = nn.Linear(c.mlp_ratio * c.width, c.width)
+        self.fc1 = Linear(c.width, c.mlp_ratio * c.width)
+        self.fc2 = Linear(c.mlp_ratio * c.width, c.width)
 
     def forward(self, z):
         return self.fc2(F.gelu(self.fc1(self.norm(z))))

@@ -9,6 +9,7 @@ many there are.
 import argparse
 import contextlib
 import ctypes
+import math
 import os
 import resource
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 # --- Errors ---
@@ -205,6 +208,28 @@ def evaluating(model):
             yield next(model.parameters()).device
     finally:
         model.train(training)
+
+
+def linear(x, weight, bias=None):
+    """
+    x (..., D) -> (..., E), as F.linear. On a CPU in fp32 oneDNN computes it, as a 1 x 1 convolution over a picture of
+    the rows, 8 pixels wide: up to twice as fast as the matrix products of PyTorch's wheels on an AMD processor.
+    """
+    in_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not (x.device.type == "cpu" and in_fp32 and x.numel() and torch.backends.mkldnn.is_available()):
+        return F.linear(x, weight, bias)
+    rows = x.numel() // x.shape[-1]
+    width = math.gcd(rows, 8)
+    picture = x.reshape(1, rows // width, width, -1).permute(0, 3, 1, 2)  # (1, D, H, W), but laid out as x is
+    y = F.conv2d(picture, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by way of `linear`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 def keep_freed_memory(largest=1 << 30):

@@ -315,7 +315,8 @@ def test_muon_trains_the_hidden_matrices_and_adamw_all_else(shop, name):
         turned = {parameter for group in groups if group["orthogonal"] for parameter in group["params"]}
         hidden = set()
         for layer, module in layers.items():
-            if type(module) in (torch.nn.Linear, torch.nn.Conv2d) and not any(end in f"{layer}." for end in model.ends):
+            linear = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+            if linear and not any(end in f"{layer}." for end in model.ends):
                 hidden.add(module.weight)
         assert turned == (hidden if optimizer == "muon" else set())
 

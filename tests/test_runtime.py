@@ -129,6 +129,26 @@ def test_bf16_is_off_where_it_is_not_wanted_and_a_peak_of_memory_is_counted_in_g
     assert 0.05 < before < 100 and runtime.memory_gb(torch.device("cpu")) - before < 0.5 and len(held)
 
 
+@given(st.lists(st.integers(0, 5), min_size=0, max_size=3), st.integers(1, 9), st.integers(1, 9), st.data())
+@settings(deadline=None, max_examples=60)
+def test_linear_is_pytorchs_linear_with_its_gradients(shape, wide, classes, data):
+    """Whatever the number of rows, 0 and odd ones included, the layout of the input, the bias and the precision."""
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    x = torch.randn(*shape, wide, dtype=dtype)
+    if x.ndim > 2 and data.draw(st.booleans()):
+        x = x.transpose(0, 1)
+    weight = torch.randn(classes, wide, dtype=dtype)
+    bias = torch.randn(classes, dtype=dtype) if data.draw(st.booleans()) else None
+    results = []
+    for function in (runtime.linear, torch.nn.functional.linear):
+        inputs = [one.clone().requires_grad_() for one in (x, weight, bias) if one is not None]
+        y = function(*inputs)
+        results.append([y, *torch.autograd.grad((y * y).sum(), inputs)])
+    for found, wanted in zip(*results):
+        assert found.shape == wanted.shape and found.dtype == dtype
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 FREED = """import numpy as np
 from extras import runtime
 def resident():
