@@ -460,6 +460,8 @@ class Tower(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole
 
+SIMILARITY = 5.0  # what a similarity of 1 between the towers' vectors adds to the logit of a match
+
 
 class MVLT(nn.Module):
     """`vocabulary` (words in id order) and `labels` (class names in id order) travel with the weights."""
@@ -489,8 +491,7 @@ class MVLT(nn.Module):
         self.word_head = WordHead(c)
         self.category_head = TextHead(c, c.n_category) if c.n_category else None
         self.subcategory_head = TextHead(c, c.n_subcategory) if c.n_subcategory else None
-        self.grid = min(4, c.side(3))  # the picture tower reads V4 as grid x grid places
-        self.image_tower = Tower(self.grid**2 * c.dims[3], c.embed_dim)
+        self.image_tower = Tower(sum(min(4, c.side(k)) ** 2 * c.dims[k] for k in (2, 3)), c.embed_dim)
         self.text_tower = Tower(c.dims[3], c.embed_dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # the learnt temperature, as in CLIP
         self.apply(initialise)
@@ -540,24 +541,51 @@ class MVLT(nn.Module):
         require(all(classes), "recognise", "needs n_category and n_subcategory above 0", classes)
         return self.category_head(text[3][:, 0]), self.subcategory_head(text[3][:, 0])
 
-    def embed_images(self, images):
-        """The picture tower: unit vectors (B, embed_dim), from V4 flattened: its mean learns slower at first."""
-        visual, _ = self.encode(images, None)
-        return self.image_tower(F.adaptive_avg_pool2d(visual[3], self.grid).flatten(1))
+    # --- Two towers (not in the paper): the same encoder reads a picture alone and a caption alone ---
 
-    def embed_texts(self, tokens):
+    def places(self, visual):
+        """What the picture tower reads: V3 and V4, at most 4 x 4 places of each, side by side (B, places' numbers)."""
+        parts = []
+        for v in visual[2:]:
+            v = F.adaptive_avg_pool2d(v, min(4, v.shape[2])).permute(0, 2, 3, 1)  # (B, h, h, D_k)
+            parts.append(F.layer_norm(v, v.shape[3:]).flatten(1))
+        return torch.cat(parts, dim=1)
+
+    def image_vector(self, visual):
+        """The picture tower: unit vectors (B, embed_dim)."""
+        return self.image_tower(self.places(visual))
+
+    def text_vector(self, text, tokens):
         """The caption tower: unit vectors (B, embed_dim), from the mean of T4 over the words that are not padding."""
-        _, text = self.encode(None, tokens)
         real = (tokens != 0).unsqueeze(2)  # (B, L, 1)
         return self.text_tower((text[3] * real).sum(1) / real.sum(1).clamp(min=1))
 
+    def embed_images(self, images):
+        visual, _ = self.encode(images, None)
+        return self.image_vector(visual)
+
+    def embed_texts(self, tokens):
+        _, text = self.encode(None, tokens)
+        return self.text_vector(text, tokens)
+
+    def match_pair(self, visual, text, tokens):
+        """
+        ITM of pairs read together, (B, 2) logits. Where towers train, theirs read the fused maps and words as well, and
+        their similarity joins the logit of a match: so matching begins with what the towers know.
+        """
+        logits = self.match(text)
+        if "itc" in self.recipe.weights:
+            similarity = (self.image_vector(visual) * self.text_vector(text, tokens)).sum(1)  # (B,)
+            logits = logits.float() + SIMILARITY * torch.stack([torch.zeros_like(similarity), similarity], dim=1)
+        return logits
 
     # --- What the scripts ask of a model ---
 
     def score(self, images, tokens):
         """Match - mismatch logit, (B,) in fp32: above 0 picture and caption belong together."""
-        _, text = self.encode(images, tokens)
-        logits = self.match([t.float() for t in text]).float()  # in bf16 close scores would tie
+        visual, text = self.encode(images, tokens)
+        visual, text = [v.float() for v in visual], [t.float() for t in text]  # in bf16 close scores would tie
+        logits = self.match_pair(visual, text, tokens).float()
         return logits[:, 1] - logits[:, 0]
 
     def embed(self, images, tokens):
@@ -665,7 +693,8 @@ class MVLT(nn.Module):
             rebuilt = self.reconstruct([v[rebuild] for v in visual])
             losses["mir"] = rebuild.sum() * mir_loss(rebuilt, images[rebuild])
         if "itm" in objectives:
-            losses["itm"] = judge.sum() * itm_loss(self.match(text)[judge], plan["matched"][judge])
+            logits = self.match_pair(visual, text, plan["tokens"])[judge]
+            losses["itm"] = judge.sum() * itm_loss(logits, plan["matched"][judge])
         if "mlm" in objectives:
             losses["mlm"] = predict.sum() * mlm_loss(self.predict_words(text, predict), plan["words"][predict])
         if "cr" in objectives:
@@ -922,12 +951,11 @@ def table(size):
             visual.append(image)
             rows.append((f"stage {k + 1}", shape(image), shape(text), c.depths[k], millions(stage), work))
         hidden = text[:, : round(0.15 * c.text_len)]
-        places = F.adaptive_avg_pool2d(image, model.grid).flatten(1)
         for name, part, *inputs in [
             ("MIR decoder", model.decoder, visual),
             ("ITM head", model.match_head, text[:, 0]),
             ("MLM head", model.word_head, hidden, model.words.word.weight),
-            ("image tower", model.image_tower, places),
+            ("image tower", model.image_tower, model.places(visual)),
             ("text tower", model.text_tower, text[:, 0]),
         ]:
             rows.append((name, "", "", "", millions(part), multiply_adds(part, *inputs)[1]))

@@ -848,6 +848,7 @@ def test_itc_loss_is_computed_in_float32_under_autocast_too():
 REACHED = {
     "mir": {"words", "stages", "decoder"},
     "itm": {"words", "stages", "match_head"},
+    "itm with towers": {"words", "stages", "match_head", "image_tower", "text_tower"},
     "mlm": {"words", "stages", "word_head"},
     "itc": {"words", "stages", "image_tower", "text_tower", "log_scale"},
     "recognition": {"words", "stages", "category_head", "subcategory_head"},
@@ -865,6 +866,7 @@ def losses(model):
     return {
         "mir": mvlt.mir_loss(model.reconstruct(visual), images),
         "itm": mvlt.itm_loss(model.match(text), torch.tensor([1, 0, 1])),
+        "itm with towers": mvlt.itm_loss(model.match_pair(visual, text, tokens), torch.tensor([1, 0, 1])),
         "mlm": mvlt.mlm_loss(model.predict_words(text, where), tokens[where]),
         "itc": mvlt.itc_loss(
             model.embed_images(images), model.embed_texts(tokens), model.log_scale, torch.eye(3, dtype=torch.bool)
@@ -922,21 +924,30 @@ def test_towers_give_unit_vectors_from_one_side_alone(seed, lengths):
         assert_equal([model.text_tower(mean[None])], [model.embed_texts(tokens)[i : i + 1]])
 
 
-@pytest.mark.parametrize("side", [1, 2, 4, 5, 8])
-def test_the_picture_tower_keeps_apart_the_places_of_v4_and_averages_them_from_five_a_side_on(side):
-    model = lively(dataclasses.replace(SMALL, image_size=32 * side))
-    images = pictures(model.config, 2)
-    visual, cells = model.encode(images, None)[0][3], []  # (2, D4, side, side)
-    grid = min(side, 4)
-    for channel in range(visual.shape[1]):
+def places_one_by_one(visual, batch):
+    """V3 and V4 place by place: the mean of the pixels that each of at most 4 x 4 cells touches, then normalised."""
+    places = []
+    for v in visual[2:]:
+        side = v.shape[2]
+        grid = min(side, 4)
         for down in range(grid):
             for right in range(grid):
                 rows, columns = (
                     [y for y in range(side) if y * grid < (cell + 1) * side and (y + 1) * grid > cell * side]
                     for cell in (down, right)
                 )
-                cells.append(sum(visual[:, channel, y, x] for y in rows for x in columns) / len(rows) / len(columns))
-    assert_equal([model.image_tower(torch.stack(cells, dim=1))], [model.embed_images(images)])
+                mean = sum(v[:, :, y, x] for y in rows for x in columns) / len(rows) / len(columns)  # (B, D_k)
+                centred = mean - mean.mean(dim=1, keepdim=True)
+                places.append(centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt())
+    return torch.cat(places, dim=1).view(batch, -1)
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 5, 8])
+def test_the_picture_tower_keeps_apart_the_places_of_v3_and_v4_and_averages_them_from_five_a_side_on(side):
+    model = lively(dataclasses.replace(SMALL, image_size=32 * side))
+    images = pictures(model.config, 2)
+    visual, _ = model.encode(images, None)
+    assert_equal([model.image_tower(places_one_by_one(visual, 2))], [model.embed_images(images)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1039,6 +1050,16 @@ def test_a_wrong_caption_is_of_another_product_and_says_something_else(seed, har
             assert split.groups[other] == split.groups[row]
 
 
+def match_alone(model, visual, text, tokens):
+    """ITM's logits of one pair, written out: the head on [CLS], and the towers on what the fusion made of both."""
+    logits = model.match(text)
+    if "itc" in model.recipe.weights:
+        picture = model.image_tower(places_one_by_one(visual, 1))
+        caption = model.text_tower(text[3][:, : int((tokens != 0).sum())].mean(dim=1))
+        logits[0, 1] += 5 * (picture @ caption.T).squeeze()
+    return logits
+
+
 @given(recipe=recipes(), seed=SEEDS)
 def test_the_losses_are_those_of_the_papers_equations_over_the_pairs_that_count(recipe, seed):
     """Eq. 5 to 7, pair by pair: each pair read alone, its loss written out with PyTorch's own functions."""
@@ -1055,7 +1076,8 @@ def test_the_losses_are_those_of_the_papers_equations_over_the_pairs_that_count(
         if "mir" in count and plan["rebuild"][i]:
             expected["mir"] += F.smooth_l1_loss(model.reconstruct(visual), images[i : i + 1].float())
         if "itm" in count and plan["judge"][i]:
-            expected["itm"] += F.cross_entropy(model.match(text), plan["matched"][i : i + 1].long())
+            logits = match_alone(model, visual, text, plan["tokens"][i : i + 1])
+            expected["itm"] += F.cross_entropy(logits, plan["matched"][i : i + 1].long())
         for j in plan["predict"][i].nonzero().flatten().tolist() if "mlm" in count else ():
             at = torch.zeros_like(plan["tokens"][i : i + 1], dtype=torch.bool)
             at[0, j] = True

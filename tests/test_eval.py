@@ -268,8 +268,10 @@ def in_float32(monkeypatch):
 def score_alone(model, split, picture, caption):
     """The score of one pair as the paper has it, without batch, trimming or bf16."""
     with torch.no_grad():
-        _, text = model.encode(split.images([picture]), split.tokens[[caption]])
-        logits = model.match(text)
+        tokens = split.tokens[[caption]]
+        visual, text = model.encode(split.images([picture]), tokens)
+        joined = hasattr(model, "match_pair")  # MVLT's towers join in
+        logits = model.match_pair(visual, text, tokens) if joined else model.match(text)
     return (logits[0, 1] - logits[0, 0]).item()
 
 

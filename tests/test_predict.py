@@ -124,8 +124,11 @@ def floats(image, fit="stretch"):
 
 def plain_score(run, image, text):
     with torch.no_grad():
-        _, encoded = run.model.encode(floats(image), torch.tensor([run.tokenizer.encode(text)]))
-        mismatch, match = run.model.match(encoded)[0].tolist()
+        tokens = torch.tensor([run.tokenizer.encode(text)])
+        visual, encoded = run.model.encode(floats(image), tokens)
+        joined = hasattr(run.model, "match_pair")  # MVLT's towers join in
+        logits = run.model.match_pair(visual, encoded, tokens) if joined else run.model.match(encoded)
+        mismatch, match = logits[0].tolist()
     return match - mismatch
 
 
@@ -657,7 +660,8 @@ def test_an_objective_counts_as_trained_from_its_first_step_on(tmp_path, photos,
 
 def test_a_constant_model_is_reported(tmp_path, photos, capsys):
     constant = predict.load(save_run(tmp_path / "constant"))
-    torch.nn.init.zeros_(constant.model.match_head.classify.weight)
+    for layer in (constant.model.match_head.classify, constant.model.image_tower.project):
+        torch.nn.init.zeros_(layer.weight)
     weights.save(constant.folder / "last.pt", constant.model, run={})
     predict.main([str(constant.folder), "rank", "coat", str(photos)])
     assert "cannot tell these apart" in capsys.readouterr().err
