@@ -13,7 +13,7 @@ stage 3   n  (B, HW/16^2, D3)   --- z = <m; n>, M3 blocks ---    m  (B, L, D3)  
 stage 4   n  (B, HW/32^2, D4)   --- z = <m; n>, M4 blocks ---    m  (B, L, D4)    ->  V4, T4
           |                                                      |
 V1..V4 -> U-Net decoder -> MIR: the picture (Eq. 5)              |-- T4 at [CLS]      -> ITM: do they match? (Eq. 6)
-V4 -> picture tower --- ITC (not in the paper) ---               |                       M-CR, S-CR: categories
+V3, V4 -> picture tower --- ITC (not in the paper) ---           |                       M-CR, S-CR: categories
                                                                  |-- T4 where hidden  -> MLM: which word? (Eq. 7)
                                                                  '-- mean of T4       -> caption tower
 
@@ -468,7 +468,7 @@ class MVLT(nn.Module):
 
     kind = "mvlt"
     ends = ("stages.0.embed_image", "decoder.pixels", ".classify")  # layers that read pixels or give an answer
-    heads = {  # objective -> prefixes of the parameters that only it trains
+    heads = {  # objective -> prefixes of the parameters that train only with it
         "mir": ("decoder.",),
         "itm": ("match_head.",),
         "mlm": ("word_head.",),
@@ -544,7 +544,7 @@ class MVLT(nn.Module):
     # --- Two towers (not in the paper): the same encoder reads a picture alone and a caption alone ---
 
     def places(self, visual):
-        """What the picture tower reads: V3 and V4, at most 4 x 4 places of each, side by side (B, places' numbers)."""
+        """What the picture tower reads: V3 and V4, each as at most 4 x 4 normalised places, in one vector a picture."""
         parts = []
         for v in visual[2:]:
             v = F.adaptive_avg_pool2d(v, min(4, v.shape[2])).permute(0, 2, 3, 1)  # (B, h, h, D_k)
@@ -561,17 +561,19 @@ class MVLT(nn.Module):
         return self.text_tower((text[3] * real).sum(1) / real.sum(1).clamp(min=1))
 
     def embed_images(self, images):
+        """The vectors (B, embed_dim) of pictures that are read alone."""
         visual, _ = self.encode(images, None)
         return self.image_vector(visual)
 
     def embed_texts(self, tokens):
+        """The vectors (B, embed_dim) of captions that are read alone."""
         _, text = self.encode(None, tokens)
         return self.text_vector(text, tokens)
 
     def match_pair(self, visual, text, tokens):
         """
-        ITM of pairs read together, (B, 2) logits. Where towers train, theirs read the fused maps and words as well, and
-        their similarity joins the logit of a match: so matching begins with what the towers know.
+        ITM of pairs that were read together, (B, 2) logits. With the objective itc the towers also turn the fused maps
+        and words into vectors, whose similarity is added to the logit of a match: matching begins from the towers.
         """
         logits = self.match(text)
         if "itc" in self.recipe.weights:

@@ -636,11 +636,12 @@ def train(args, given):
         with runtime.usage_errors():
             model.prepare(splits["train"])
     model.to(device)
+    model.bf16 = s.bf16
     optimizer = make_optimizer(model, s)
     order = [model.reads(step / s.steps) for step in range(s.steps)]
     pools = open_pools(s, splits["train"], order, args.skip_bad)
     check_plans(model, pools, order)
-    autocast = lambda: runtime.autocast(device, s.bf16)
+    autocast = lambda: runtime.precision_of(model)
 
     # resume
     step, best = 0, -math.inf

@@ -29,7 +29,7 @@ def hide(images, keys, style, ratio, unit, seed=0):
 
 def rebuild(model, masked, tokens):
     """The whole pictures, (B, 3, H, W) in [0, 1], from what is left of them and their captions."""
-    with runtime.autocast(masked.device):
+    with runtime.precision_of(model):
         return model.rebuild(masked, tokens).float().clamp(0, 1)
 
 

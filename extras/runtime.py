@@ -213,7 +213,7 @@ def evaluating(model):
 def linear(x, weight, bias=None):
     """
     x (..., D) -> (..., E), as F.linear. On a CPU in fp32 oneDNN computes it, as a 1 x 1 convolution over a picture of
-    the rows, 8 pixels wide: up to twice as fast as the matrix products of PyTorch's wheels on an AMD processor.
+    the rows, 8 pixels wide: up to twice as fast as PyTorch's matrix products on an AMD processor with AVX-512.
     """
     in_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if not (x.device.type == "cpu" and in_fp32 and x.numel() and torch.backends.mkldnn.is_available()):

@@ -1170,6 +1170,18 @@ def test_every_setting_of_the_recipe_changes_what_is_learnt(short, oblong, tmp_p
     assert changes_what_is_learnt(short, oblong, tmp_path / "run", flag)
 
 
+def test_a_run_without_bf16_trains_and_validates_in_fp32(oblong, tmp_path, monkeypatch):
+    wanted = []
+
+    def autocast(device, enabled=True):
+        wanted.append(enabled)
+        return torch.autocast(device.type, enabled=False)
+
+    monkeypatch.setattr(runtime, "autocast", autocast)
+    in_process(tmp_path / "run", *TINY, *RUN, *SHORT, "--no-bf16", "--data", oblong)
+    assert len(wanted) > 3 and not any(wanted)
+
+
 @pytest.mark.skipif(not runtime.has_fast_bf16(torch.device("cpu")), reason="this CPU gains nothing from bf16")
 def test_bf16_changes_what_is_learnt(short, oblong, tmp_path):
     assert changes_what_is_learnt(short, oblong, tmp_path / "run", ["--no-bf16"])
