@@ -175,6 +175,8 @@ class Recipe:
     mask_words: float = setting(0.15, "r_l, the share of the words that are hidden.")
     unmasked_itm: bool = setting(True, "Matching reads only pairs with nothing hidden; no: masked pairs, as the paper.")
     itm_from: float = setting(0.1, "Train the towers alone (itc) until this share of the steps.")
+    tower_dropout: float = setting(0.0, "Share of the words and of the masking units that the towers miss in training.")
+    smoothing: float = setting(0.0, "Label smoothing of the contrast.")
     hard_from: float = setting(1.0, "From this share of the steps on, draw wrong captions from the same sub-category.")
     drop_caption: float = setting(
         0.2, "Probability of dropping an unmasked, matched pair's caption, so that recognition also learns from photos."
@@ -189,7 +191,7 @@ class Recipe:
         require(type(self.unmasked_itm) is bool, "unmasked_itm", "must be True or False", self.unmasked_itm)
         require_whole(self, dict(mask_unit=1))
         require_range(self, ("mask_ratio", "mask_pictures", "mask_words", "hard_from", "drop_caption"), 0, 1)
-        require_range(self, ("itm_from",), 0, 1, high_included=False)
+        require_range(self, ("itm_from", "tower_dropout", "smoothing"), 0, 1, high_included=False)
         rule = "must be both, unless cr is the only objective"
         require(self.modality == "both" or chosen == {"cr"}, "modality", rule, self.modality)
         read_masked = {"mir", "mlm"} if self.unmasked_itm else {"mir"}
@@ -592,11 +594,22 @@ class MVLT(nn.Module):
 
     def embed(self, images, tokens):
         """Both towers' unit vectors, (2, B, embed_dim)."""
+        if self.training and self.recipe.tower_dropout:
+            images, tokens = self.drop_inputs(images, tokens)
         return torch.stack([self.embed_images(images), self.embed_texts(tokens)])
+
+    def drop_inputs(self, images, tokens):
+        """Dropout of what the towers read: units of a picture are hidden, words but for [CLS] become padding."""
+        r = self.recipe
+        masked, _ = mask_images(images, "random", r.tower_dropout, r.mask_unit)
+        kept = torch.rand(tokens.shape) >= r.tower_dropout
+        kept[:, 0] = True
+        return masked, tokens * kept.to(tokens.device)
 
     def contrast(self, vectors, same):
         """ITC over all G pairs: vectors (2, G, embed_dim), same (G, G)."""
-        return itc_loss(vectors[0], vectors[1], self.log_scale, same)
+        smoothing = self.recipe.smoothing if self.training else 0.0
+        return itc_loss(vectors[0], vectors[1], self.log_scale, same, smoothing)
 
     def classify(self, images, tokens):
         """Logits of main and sub-category, (B, n_category) and (B, n_subcategory)."""
@@ -878,17 +891,24 @@ def mlm_loss(logits, words):
     return cross_entropy(logits, words)
 
 
-def itc_loss(image_vectors, text_vectors, log_scale, same):
+def itc_loss(image_vectors, text_vectors, log_scale, same, smoothing=0.0):
     """
     Image-text contrastive loss (not in the paper): InfoNCE both ways between unit vectors (B, embed_dim).
     same (B, B) bool: True where two entries share their product or caption; off the diagonal these are no negatives.
+    smoothing: the share of the target that is spread evenly over an entry's pair and its negatives.
     """
     scale = log_scale.float().clamp(max=math.log(100)).exp()
     with torch.autocast(image_vectors.device.type, enabled=False):  # fp32: in bf16 one step near 14 is 0.06
         logits = scale * image_vectors.float() @ text_vectors.float().T
-    own = torch.arange(len(logits), device=logits.device)
-    logits = logits.masked_fill(same & (own[:, None] != own), float("-inf"))
-    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    allowed = own | ~same
+    target = (1 - smoothing) * own + smoothing * allowed / allowed.sum(dim=1, keepdim=True)  # rows add up to 1
+
+    def one_way(logits):
+        chosen = logits.masked_fill(~allowed, float("-inf")).log_softmax(dim=1)
+        return -(target * chosen.masked_fill(~allowed, 0)).sum(dim=1).mean()
+
+    return (one_way(logits) + one_way(logits.T)) / 2
 
 
 def recognition_loss(logits, classes):

@@ -806,8 +806,15 @@ def test_mlm_with_nothing_hidden_costs_0_with_gradient_0():
     assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
 
 
-@given(seed=SEEDS, products=st.lists(st.integers(0, 3), min_size=1, max_size=6), log_scale=st.floats(-1, 3))
-def test_itc_loss_equals_a_plain_loop_in_which_the_same_product_is_never_a_negative(seed, products, log_scale):
+@given(
+    seed=SEEDS,
+    products=st.lists(st.integers(0, 3), min_size=1, max_size=6),
+    log_scale=st.floats(-1, 3),
+    smoothing=st.sampled_from([0.0, 0.1, 0.7]),
+)
+def test_itc_loss_equals_a_plain_loop_in_which_the_same_product_is_never_a_negative(
+    seed, products, log_scale, smoothing
+):
     images, texts = nn.functional.normalize(
         torch.randn(2, len(products), 4, generator=gen(seed), dtype=torch.float64), dim=-1
     )
@@ -816,10 +823,20 @@ def test_itc_loss_equals_a_plain_loop_in_which_the_same_product_is_never_a_negat
     for one, other in ((images, texts), (texts, images)):
         for i, product in enumerate(products):
             rivals = [i] + [j for j, rival in enumerate(products) if rival != product]
-            costs.append(cross_entropy([(math.exp(log_scale) * one[i] @ other[j]).item() for j in rivals], 0))
-    loss = mvlt.itc_loss(images, texts, torch.tensor(log_scale), same).item()
+            logits = [(math.exp(log_scale) * one[i] @ other[j]).item() for j in rivals]
+            spread = sum(cross_entropy(logits, j) for j in range(len(rivals))) / len(rivals)
+            costs.append((1 - smoothing) * cross_entropy(logits, 0) + smoothing * spread)
+    scale = torch.tensor(log_scale)
+    loss = mvlt.itc_loss(images, texts, scale, same, smoothing).item()
     assert loss == pytest.approx(sum(costs) / len(costs), rel=1e-5, abs=1e-5)
-    assert mvlt.itc_loss(texts, images, torch.tensor(log_scale), same).item() == pytest.approx(loss, rel=1e-5, abs=1e-5)
+    assert mvlt.itc_loss(texts, images, scale, same, smoothing).item() == pytest.approx(loss, rel=1e-5, abs=1e-5)
+
+
+def test_the_contrast_is_smoothed_in_training_and_not_in_validation():
+    model = MVLT(SMALL, mvlt.Recipe(smoothing=0.2))
+    vectors, same = nn.functional.normalize(torch.randn(2, 5, 8, generator=gen(0)), dim=-1), torch.eye(5).bool()
+    plain, smooth = (mvlt.itc_loss(*vectors, model.log_scale, same, smoothing) for smoothing in (0.0, 0.2))
+    assert model.train().contrast(vectors, same) == smooth != plain == model.eval().contrast(vectors, same)
 
 
 def test_itc_loss_gives_no_gradient_to_an_entry_of_the_same_product_and_bounds_its_scale_at_100():
@@ -948,6 +965,35 @@ def test_the_picture_tower_keeps_apart_the_places_of_v3_and_v4_and_averages_them
     images = pictures(model.config, 2)
     visual, _ = model.encode(images, None)
     assert_equal([model.image_tower(places_one_by_one(visual, 2))], [model.embed_images(images)])
+
+
+@given(seed=SEEDS, lengths=st.lists(st.integers(2, 10), min_size=1, max_size=3), rate=st.floats(0, 0.9))
+def test_tower_dropout_hides_units_and_words_in_training_and_nothing_in_evaluation(seed, lengths, rate):
+    model = lively(dataclasses.replace(SMALL, dropout=0.0, drop_path=0.0), seed)
+    model.recipe = mvlt.Recipe(tower_dropout=rate, mask_unit=8)
+    images, tokens = pictures(SMALL, len(lengths), seed), captions(SMALL, lengths, seed)
+
+    def alone(images, tokens):
+        return [model.embed_images(images), model.embed_texts(tokens)]
+
+    assert_equal(model.embed(images, tokens), alone(images, tokens))
+    model.train()
+    torch.manual_seed(seed)
+    masked, left = model.drop_inputs(images, tokens)
+    torch.manual_seed(seed)
+    assert_equal(model.embed(images, tokens), alone(masked, left))
+    assert (left[:, 0] == CLS).all() and ((left == tokens) | (left == 0)).all()
+    changed = (masked != images).any(dim=1).unfold(1, 8, 8).unfold(2, 8, 8).flatten(3)  # (B, 4, 4, 64)
+    assert torch.equal(changed.any(dim=3), changed.all(dim=3))  # whole units
+    assert (changed.any(dim=3).sum(dim=(1, 2)) == round(rate * 16)).all()
+
+
+def test_tower_dropout_takes_its_share_of_the_words():
+    model = MVLT(SMALL, mvlt.Recipe(tower_dropout=0.3, mask_unit=8)).train()
+    tokens = captions(SMALL, [10] * 400)
+    torch.manual_seed(0)
+    _, left = model.drop_inputs(pictures(SMALL, 400), tokens)
+    assert abs((left[:, 1:] == 0).double().mean() - 0.3) < 0.03  # 3600 words: 4 standard deviations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1120,6 +1166,8 @@ def test_recognition_reads_what_it_is_told_to(modality):
         (dict(mask_ratio=1.5), "mask_ratio must lie in [0, 1], got 1.5"),
         (dict(mask_style="dots"), "mask_style must be one of random, grid, stroke, center, got 'dots'"),
         (dict(itm_from=1.0), "itm_from must lie in [0, 1), got 1.0"),
+        (dict(tower_dropout=1), "tower_dropout must lie in [0, 1), got 1"),
+        (dict(smoothing=-0.1), "smoothing must lie in [0, 1), got -0.1"),
         (dict(mask_pictures=0.0), "mask_pictures must be above 0, so that mir and mlm has pairs to read, got 0.0"),
         (
             dict(mask_pictures=1.0, objectives="itm"),

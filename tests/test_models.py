@@ -196,6 +196,40 @@ def test_any_partition_of_a_batch_gives_the_losses_and_gradients_of_the_whole(ex
         assert (a - b).abs().max() <= 1e-5 * (1 + b.abs().max()), name
 
 
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("mvlt", {"objectives": "itc", "tower_dropout": 0.4}),
+        ("vlmo", {"objectives": "itc", "image_until": 0.0, "text_until": 0.0}),
+    ],
+)
+@few
+@given(G=st.integers(2, 9), seed=SEEDS, micro_batch=st.integers(1, 4))
+def test_the_towers_second_forward_pass_drops_what_the_first_dropped(shop, name, changes, G, seed, micro_batch):
+    """So the gradient in two steps is that of one graph through the same passes, dropout included."""
+    split = open_shop(shop)["pairs"]
+    model = make_model(name, changes, split).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    scene = Scene(model, split, 0.9)
+    batch = scene.batch(G, 3, seed)
+    train.freeze_all_but(model, model.trained(0.9))
+    tokens, vectors = data.trim(split.tokens[batch.rows]), []
+    for part in batch.parts(micro_batch):
+        train.reseed(seed, 3, part.start, "towers")
+        vectors.append(model.embed(batch.images(part), tokens[part]))
+    loss = model.contrast(torch.cat(vectors, dim=1), split.same(batch.rows))
+    loss.backward()
+    right = gradients(model)
+
+    losses, ours = by_processes(scene, batch, seed, [(0, G)], micro_batch)
+    assert losses["itc"] == pytest.approx(loss.item(), rel=1e-5)
+    assert ours.keys() == right.keys()
+    for key, gradient in right.items():
+        assert (ours[key] - gradient).abs().max() <= 1e-4 * (1 + gradient.abs().max()), key
+
+
 @every_case
 def test_what_trains_gets_a_gradient_and_nothing_else_does(scene):
     model, G = scene.model, len(scene.split)
