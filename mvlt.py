@@ -175,7 +175,7 @@ class Recipe:
     mask_words: float = setting(0.15, "r_l, the share of the words that are hidden.")
     unmasked_itm: bool = setting(True, "Matching reads only pairs with nothing hidden; no: masked pairs, as the paper.")
     itm_from: float = setting(0.1, "Train the towers alone (itc) until this share of the steps.")
-    tower_dropout: float = setting(0.0, "Share of the words and of the masking units that the towers miss in training.")
+    input_dropout: float = setting(0.0, "Share of the words and of the masking units that training leaves out.")
     smoothing: float = setting(0.0, "Label smoothing of the contrast.")
     hard_from: float = setting(1.0, "From this share of the steps on, draw wrong captions from the same sub-category.")
     drop_caption: float = setting(
@@ -191,7 +191,7 @@ class Recipe:
         require(type(self.unmasked_itm) is bool, "unmasked_itm", "must be True or False", self.unmasked_itm)
         require_whole(self, dict(mask_unit=1))
         require_range(self, ("mask_ratio", "mask_pictures", "mask_words", "hard_from", "drop_caption"), 0, 1)
-        require_range(self, ("itm_from", "tower_dropout", "smoothing"), 0, 1, high_included=False)
+        require_range(self, ("itm_from", "input_dropout", "smoothing"), 0, 1, high_included=False)
         rule = "must be both, unless cr is the only objective"
         require(self.modality == "both" or chosen == {"cr"}, "modality", rule, self.modality)
         read_masked = {"mir", "mlm"} if self.unmasked_itm else {"mir"}
@@ -227,7 +227,7 @@ RECIPES = {"demo": dict(size="pico"), "paper": PAPER, "plus": PLUS, "recognise":
 
 
 class WordInput(nn.Module):
-    """BERT's input layer: word + position + segment 0, LayerNorm, dropout."""
+    """BERT's input layer: word + position + segment 0, LayerNorm, dropout; of the words a share `missing` is 0."""
 
     def __init__(self, c):
         super().__init__()
@@ -237,8 +237,11 @@ class WordInput(nn.Module):
         self.norm = nn.LayerNorm(c.token_dim, eps=1e-12)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, tokens):
-        x = self.word(tokens) + self.position[: tokens.shape[1]] + self.segment
+    def forward(self, tokens, missing=0.0):
+        x = self.word(tokens)
+        if missing:
+            x = x * (torch.rand(tokens.shape) >= missing).unsqueeze(2).to(x)
+        x = x + self.position[: tokens.shape[1]] + self.segment
         return self.dropout(self.norm(x))  # (B, L, token_dim)
 
 
@@ -507,14 +510,17 @@ class MVLT(nn.Module):
         Returns visual [V1..V4], maps (B, D_k, H_k, W_k), and text [T1..T4], (B, L, D_k); [] for an absent side.
         """
         c, seen, text = self.config, None, None
+        missing = self.recipe.input_dropout if self.training else 0.0
         require(images is not None or tokens is not None, "encode", "needs images or tokens", None)
         if images is not None:
             rule = f"must be (B, 3, {c.image_size}, {c.image_size})"
             require(images.shape[1:] == (3, c.image_size, c.image_size), "images", rule, tuple(images.shape))
+            if missing:
+                images, _ = mask_images(images, "random", missing, self.recipe.mask_unit)
         if tokens is not None:
             good = tokens.ndim == 2 and 0 < tokens.shape[1] <= c.text_len
             require(good, "tokens", f"must be (B, L) with L in 1..{c.text_len}", tuple(tokens.shape))
-            text = self.words(tokens)
+            text = self.words(tokens, missing)
             if not c.attend_padding:  # the authors' code attends to it, so that more padding changes the result
                 seen = tokens != 0
                 seen[:, 0] = True  # [CLS], so that even an empty caption leaves a key
@@ -594,17 +600,7 @@ class MVLT(nn.Module):
 
     def embed(self, images, tokens):
         """Both towers' unit vectors, (2, B, embed_dim)."""
-        if self.training and self.recipe.tower_dropout:
-            images, tokens = self.drop_inputs(images, tokens)
         return torch.stack([self.embed_images(images), self.embed_texts(tokens)])
-
-    def drop_inputs(self, images, tokens):
-        """Dropout of what the towers read: units of a picture are hidden, words but for [CLS] become padding."""
-        r = self.recipe
-        masked, _ = mask_images(images, "random", r.tower_dropout, r.mask_unit)
-        kept = torch.rand(tokens.shape) >= r.tower_dropout
-        kept[:, 0] = True
-        return masked, tokens * kept.to(tokens.device)
 
     def contrast(self, vectors, same):
         """ITC over all G pairs: vectors (2, G, embed_dim), same (G, G)."""

@@ -968,32 +968,28 @@ def test_the_picture_tower_keeps_apart_the_places_of_v3_and_v4_and_averages_them
 
 
 @given(seed=SEEDS, lengths=st.lists(st.integers(2, 10), min_size=1, max_size=3), rate=st.floats(0, 0.9))
-def test_tower_dropout_hides_units_and_words_in_training_and_nothing_in_evaluation(seed, lengths, rate):
-    model = lively(dataclasses.replace(SMALL, dropout=0.0, drop_path=0.0), seed)
-    model.recipe = mvlt.Recipe(tower_dropout=rate, mask_unit=8)
-    images, tokens = pictures(SMALL, len(lengths), seed), captions(SMALL, lengths, seed)
-
-    def alone(images, tokens):
-        return [model.embed_images(images), model.embed_texts(tokens)]
-
-    assert_equal(model.embed(images, tokens), alone(images, tokens))
-    model.train()
+def test_input_dropout_leaves_out_whole_units_in_training_and_nothing_in_evaluation(seed, lengths, rate):
+    config = dataclasses.replace(SMALL, dropout=0.0, drop_path=0.0)
+    whole, model = lively(config, seed), lively(config, seed)
+    model.recipe = mvlt.Recipe(input_dropout=rate, mask_unit=8)
+    images, tokens = pictures(config, len(lengths), seed), captions(config, lengths, seed)
+    assert_equal(model.embed(images, tokens), whole.embed(images, tokens))
     torch.manual_seed(seed)
-    masked, left = model.drop_inputs(images, tokens)
+    masked, hidden = mvlt.mask_images(images, "random", rate, 8)
     torch.manual_seed(seed)
-    assert_equal(model.embed(images, tokens), alone(masked, left))
-    assert (left[:, 0] == CLS).all() and ((left == tokens) | (left == 0)).all()
-    changed = (masked != images).any(dim=1).unfold(1, 8, 8).unfold(2, 8, 8).flatten(3)  # (B, 4, 4, 64)
-    assert torch.equal(changed.any(dim=3), changed.all(dim=3))  # whole units
-    assert (changed.any(dim=3).sum(dim=(1, 2)) == round(rate * 16)).all()
+    assert_equal(model.train().encode(images, None)[0], whole.encode(masked, None)[0])
+    assert (hidden.double().mean(dim=(1, 2, 3)) == round(rate * 16) / 16).all()
 
 
-def test_tower_dropout_takes_its_share_of_the_words():
-    model = MVLT(SMALL, mvlt.Recipe(tower_dropout=0.3, mask_unit=8)).train()
+def test_input_dropout_leaves_out_its_share_of_the_words_and_keeps_their_positions():
+    layer = lively(dataclasses.replace(SMALL, dropout=0.0)).words.train()
     tokens = captions(SMALL, [10] * 400)
+    place = layer.norm(layer.position[:10] + layer.segment)  # what is left of a word
     torch.manual_seed(0)
-    _, left = model.drop_inputs(pictures(SMALL, 400), tokens)
-    assert abs((left[:, 1:] == 0).double().mean() - 0.3) < 0.03  # 3600 words: 4 standard deviations
+    words = layer(tokens, 0.3)
+    gone = (words - place).abs().amax(dim=2) < 1e-6  # (400, 10)
+    assert abs(gone.double().mean() - 0.3) < 0.03  # 4000 words: 4 standard deviations
+    assert_equal([words[~gone]], [layer(tokens)[~gone]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1166,7 +1162,7 @@ def test_recognition_reads_what_it_is_told_to(modality):
         (dict(mask_ratio=1.5), "mask_ratio must lie in [0, 1], got 1.5"),
         (dict(mask_style="dots"), "mask_style must be one of random, grid, stroke, center, got 'dots'"),
         (dict(itm_from=1.0), "itm_from must lie in [0, 1), got 1.0"),
-        (dict(tower_dropout=1), "tower_dropout must lie in [0, 1), got 1"),
+        (dict(input_dropout=1), "input_dropout must lie in [0, 1), got 1"),
         (dict(smoothing=-0.1), "smoothing must lie in [0, 1), got -0.1"),
         (dict(mask_pictures=0.0), "mask_pictures must be above 0, so that mir and mlm has pairs to read, got 0.0"),
         (

@@ -199,7 +199,7 @@ def test_any_partition_of_a_batch_gives_the_losses_and_gradients_of_the_whole(ex
 @pytest.mark.parametrize(
     "name, changes",
     [
-        ("mvlt", {"objectives": "itc", "tower_dropout": 0.4}),
+        ("mvlt", {"objectives": "itc", "input_dropout": 0.4}),
         ("vlmo", {"objectives": "itc", "image_until": 0.0, "text_until": 0.0}),
     ],
 )

@@ -84,7 +84,7 @@ def test_an_unknown_flag_would_be_noticed(monkeypatch):
 def test_the_commands_of_every_script_were_found():
     called = {split_command(command)[0].__name__ for command in COMMANDS}
     assert called >= {*SCRIPTS, "extras.bench"}
-    assert len(COMMANDS) >= 20
+    assert len(COMMANDS) >= 15
 
 
 def value_of(arguments, flag, default):
