@@ -968,7 +968,7 @@ def test_the_picture_tower_keeps_apart_the_places_of_v3_and_v4_and_averages_them
 
 
 @given(seed=SEEDS, lengths=st.lists(st.integers(2, 10), min_size=1, max_size=3), rate=st.floats(0, 0.9))
-def test_input_dropout_leaves_out_whole_units_in_training_and_nothing_in_evaluation(seed, lengths, rate):
+def test_input_dropout_leaves_out_whole_units_and_words_in_training_and_nothing_in_evaluation(seed, lengths, rate):
     config = dataclasses.replace(SMALL, dropout=0.0, drop_path=0.0)
     whole, model = lively(config, seed), lively(config, seed)
     model.recipe = mvlt.Recipe(input_dropout=rate, mask_unit=8)
@@ -979,6 +979,12 @@ def test_input_dropout_leaves_out_whole_units_in_training_and_nothing_in_evaluat
     torch.manual_seed(seed)
     assert_equal(model.train().encode(images, None)[0], whole.encode(masked, None)[0])
     assert (hidden.double().mean(dim=(1, 2, 3)) == round(rate * 16) / 16).all()
+
+    torch.manual_seed(seed)
+    left = model.words(tokens, rate)
+    whole.words.forward = lambda tokens, missing: left
+    torch.manual_seed(seed)
+    assert_equal(model.encode(None, tokens)[1], whole.encode(None, tokens)[1])
 
 
 def test_input_dropout_leaves_out_its_share_of_the_words_and_keeps_their_positions():
