@@ -785,11 +785,20 @@ def test_a_folder_whose_name_is_no_text_gets_a_report(store, tmp_path):
 
 
 def test_two_processes_measure_what_one_measures(store, measured, tmp_path):
-    script = ("import json, sys, data, eval as evaluation\nfrom extras import runtime, weights\n"
-              "evaluation.main(sys.argv[2:])\nmodel, tokenizer, _ = weights.load_run(sys.argv[2])\n"
-              "split = data.open_split(sys.argv[1], 'val', tokenizer, model.labels, 32, 16)\n"
-              "values = evaluation.validate(model, split, 0, batch_size=5, limit=20)\n"
-              "if runtime.process_index() == 0:\n    print('values', json.dumps(values))\n")
+    script = """
+import json, sys, data, eval as evaluation
+from extras import runtime, weights
+
+def main():
+    evaluation.main(sys.argv[2:])
+    model, tokenizer, _ = weights.load_run(sys.argv[2])
+    split = data.open_split(sys.argv[1], "val", tokenizer, model.labels, 32, 16)
+    values = evaluation.validate(model, split, 0, batch_size=5, limit=20)
+    if runtime.process_index() == 0:
+        print("values", json.dumps(values))
+
+runtime.run(main)  # which also leaves the process group: without that a process may abort as it ends
+"""
     (tmp_path / "both.py").write_text(script)
     home = os.path.dirname(os.path.abspath(evaluation.__file__))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": home}
