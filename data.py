@@ -85,9 +85,9 @@ class Split:
         """(b,) rows -> (b, 3, H, W) float in [0, 1], without augmentation."""
         return to_floats(torch.from_numpy(self.pictures[np.asarray(rows)]), device)
 
-    def negatives(self, rows, generator, same_group=False):
-        """(G,) rows -> (G,) rows of another product and caption; `same_group`: of the same sub-category if possible."""
-        return draw_negatives(rows, self.products, self.captions, generator, self.groups if same_group else None)
+    def negatives(self, rows, generator):
+        """(G,) rows -> (G,) rows of another product and caption."""
+        return draw_negatives(rows, self.products, self.captions, generator)
 
 
 def open_split(folder, name, tokenizer, labels, image_size, text_len, fit="stretch", skip_bad=False, decode="auto"):
@@ -219,44 +219,26 @@ def batch_rows(step, batch_size, n, seed):
     return torch.cat(parts)
 
 
-def draw_negatives(rows, products, captions, generator, groups=None):
+def draw_negatives(rows, products, captions, generator):
     """
-    Draw for each row another row whose product and caption both differ, all such rows equally likely. With groups, it
-    is of the row's own group if that group has such a row (-1 is no group). Returns (len(rows),) int64.
+    Draw for each row another row whose product and caption both differ, all such rows equally likely. Returns
+    (len(rows),) int64.
     """
     drawn = torch.full((len(rows),), -1)
-    pool, first, count = negative_ranges(rows, groups, len(products))
     for _ in range(16):  # draw for all, then again for those whose draw was not allowed
         places = (drawn < 0).nonzero().squeeze(1)
         chance = torch.rand(len(places), dtype=torch.float64, generator=generator)
-        other = pool[first[places] + (chance * count[places]).long()]
+        other = (chance * len(products)).long()
         allowed = (products[other] != products[rows[places]]) & (captions[other] != captions[rows[places]])
         drawn[places[allowed]] = other[allowed]
     for place in (drawn < 0).nonzero().squeeze(1).tolist():  # few rows are allowed for these, or none
-        drawn[place] = search_negative(rows[place], products, captions, generator, groups)
+        drawn[place] = search_negative(rows[place], products, captions, generator)
     return drawn
 
 
-def negative_ranges(rows, groups, n):
-    """Where to draw from: pool (n,) holds all rows; the range for each row begins at `first` and has `count` places."""
-    first, count = torch.zeros(len(rows), dtype=torch.int64), torch.full((len(rows),), n)
-    if groups is None:
-        return torch.arange(n), first, count
-    pool = torch.from_numpy(np.argsort(groups.numpy(), kind="stable"))  # the rows of a group are neighbours
-    sizes = torch.bincount(groups + 1)
-    group, grouped = groups[rows] + 1, groups[rows] >= 0
-    first[grouped] = (sizes.cumsum(0) - sizes)[group[grouped]]
-    count[grouped] = sizes[group[grouped]]
-    return pool, first, count
-
-
-def search_negative(row, products, captions, generator, groups=None):
+def search_negative(row, products, captions, generator):
     """One negative of one row, drawn from a list of all allowed rows."""
-    allowed = (products != products[row]) & (captions != captions[row])
-    if groups is not None and groups[row] >= 0:
-        grouped = allowed & (groups == groups[row])
-        allowed = grouped if grouped.any() else allowed
-    choice = allowed.nonzero().squeeze(1)
+    choice = ((products != products[row]) & (captions != captions[row])).nonzero().squeeze(1)
     if len(choice) == 0:
         raise UserError(f"row {int(row)} can have no negative: every other row shares its product or its caption")
     return choice[torch.randint(len(choice), (1,), generator=generator)]

@@ -141,7 +141,8 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # Sec. 3.2 and 4.1, how it is trained
 
-OBJECTIVES = {"mir": 10, "itm": 1, "mlm": 1, "itc": 1, "cr": 1}  # with the weights of Eq. 8; itc and cr are ours
+# With the weights of Eq. 8. Ours: itc, the contrast of two towers; distil, matching learns from them; cr, recognition.
+OBJECTIVES = {"mir": 10, "itm": 1, "mlm": 1, "itc": 1, "distil": 3, "cr": 1}
 MASK_STYLES = ("random", "grid", "stroke", "center")
 MODALITIES = ("both", "image", "text")
 
@@ -177,7 +178,7 @@ class Recipe:
     itm_from: float = setting(0.1, "Train the towers alone (itc) until this share of the steps.")
     input_dropout: float = setting(0.0, "Share of the words and of the masking units that training leaves out.")
     smoothing: float = setting(0.0, "Label smoothing of the contrast.")
-    hard_from: float = setting(1.0, "From this share of the steps on, draw wrong captions from the same sub-category.")
+    hard_from: float = setting(1.0, "From this share of the steps on, the towers (itc) choose the wrong captions.")
     drop_caption: float = setting(
         0.2, "Probability of dropping an unmasked, matched pair's caption, so that recognition also learns from photos."
     )
@@ -192,6 +193,9 @@ class Recipe:
         require_whole(self, dict(mask_unit=1))
         require_range(self, ("mask_ratio", "mask_pictures", "mask_words", "hard_from", "drop_caption"), 0, 1)
         require_range(self, ("itm_from", "input_dropout", "smoothing"), 0, 1, high_included=False)
+        rule = "must have itm and itc beside distil, and distil needs --hard-from below 1"
+        good = "distil" not in chosen or ({"itm", "itc"} <= chosen and self.hard_from < 1)
+        require(good, "objectives", rule, self.objectives)
         rule = "must be both, unless cr is the only objective"
         require(self.modality == "both" or chosen == {"cr"}, "modality", rule, self.modality)
         read_masked = {"mir", "mlm"} if self.unmasked_itm else {"mir"}
@@ -578,6 +582,10 @@ class MVLT(nn.Module):
         _, text = self.encode(None, tokens)
         return self.text_vector(text, tokens)
 
+    def pair_vectors(self, visual, text, tokens):
+        """The towers' vectors (2, B, embed_dim) of pairs that were read together."""
+        return torch.stack([self.image_vector(visual), self.text_vector(text, tokens)])
+
     def match_pair(self, visual, text, tokens):
         """
         ITM of pairs that were read together, (B, 2) logits. With the objective itc the towers also turn the fused maps
@@ -585,7 +593,7 @@ class MVLT(nn.Module):
         """
         logits = self.match(text)
         if "itc" in self.recipe.weights:
-            similarity = (self.image_vector(visual) * self.text_vector(text, tokens)).sum(1)  # (B,)
+            similarity = self.pair_vectors(visual, text, tokens).prod(0).sum(1)  # (B,)
             logits = logits.float() + SIMILARITY * torch.stack([torch.zeros_like(similarity), similarity], dim=1)
         return logits
 
@@ -620,10 +628,11 @@ class MVLT(nn.Module):
     # --- One training step (Sec. 3.2) ---
 
     def active(self, progress):
-        """The objectives that train at this share of the run: the towers alone first, then all."""
+        """The objectives that train at this share of the run: the towers alone first, then all, distil last."""
         objectives = tuple(self.recipe.weights)
-        towers_first = "itc" in objectives and progress < self.recipe.itm_from
-        return ("itc",) if towers_first else objectives
+        if "itc" in objectives and progress < self.recipe.itm_from:
+            return ("itc",)
+        return tuple(name for name in objectives if name != "distil" or progress >= self.recipe.hard_from)
 
     def trained(self, progress):
         """
@@ -658,7 +667,17 @@ class MVLT(nn.Module):
             matched = torch.randperm(G, generator=draw("match")) % 2 == 0  # half of the pairs get a wrong caption
         if r.unmasked_itm:
             matched = matched | masked  # a masked pair is for rebuilding, not for matching
-        words = split.tokens[self.draw_captions(split, rows, matched, draw, progress)]  # (G, L)
+        hard = vectors is not None and progress >= r.hard_from
+        if hard:
+            vectors = vectors.cpu().float()
+            place = self.choose_captions(vectors, split.same(rows), matched, draw)
+            matched = place == torch.arange(G)
+            captions = rows[place]
+        elif matched.all():
+            captions = rows
+        else:
+            captions = torch.where(matched, rows, split.negatives(rows, draw("negatives")))
+        words = split.tokens[captions]  # (G, L)
 
         no_caption = torch.full((G,), r.modality == "image")
         if "cr" in objectives and r.modality == "both":
@@ -684,15 +703,22 @@ class MVLT(nn.Module):
             predict=predict, judge=judge, category=category, share_category=share_category, subcategory=subcategory,
             share_subcategory=share_subcategory,
         )
-        count = dict(mir=int(rebuild.sum()), mlm=int(predict.sum()), itm=int(judge.sum()), cr=1)
-        return plan, {objective: count[objective] for objective in objectives}
+        distil = judge & ~matched & hard  # distil: the wrong pairs of ITM
+        if "distil" in objectives and hard:
+            alone = torch.stack([vectors[0], vectors[1, place]], dim=1)  # (G, 2, embed_dim)
+            plan.update(distil=distil, alone=alone)
+        count = dict(mir=rebuild.sum(), mlm=predict.sum(), itm=judge.sum(), distil=distil.sum(), cr=1)
+        return plan, {objective: int(count[objective]) for objective in objectives}
 
-    def draw_captions(self, split, rows, matched, draw, progress):
-        """For each pair the row (G,) whose caption it reads: its own, or where it is not matched another product's."""
-        if matched.all():
-            return rows
-        same_group = progress >= self.recipe.hard_from
-        return torch.where(matched, rows, split.negatives(rows, draw("negatives"), same_group))
+    def choose_captions(self, vectors, same, matched, draw):
+        """
+        For each of G pairs the place in the batch of the caption that it reads: its own where it is matched (or the
+        batch has no wrong one), else a wrong one, drawn in proportion to how likely the towers find it, as in ALBEF.
+        """
+        images, texts = vectors
+        scale = min(100.0, self.log_scale.exp().item())
+        wrong = hard_negatives(scale * images @ texts.T, same, 1.0, draw("negatives"))
+        return torch.where(matched | (wrong < 0), torch.arange(len(same)), wrong)
 
     def losses(self, images, plan):
         """{objective: sum over the items of this slice}; images (B, 3, H, W), plan: this slice of `plan`'s tensors."""
@@ -706,6 +732,9 @@ class MVLT(nn.Module):
         if "itm" in objectives:
             logits = self.match_pair(visual, text, plan["tokens"])[judge]
             losses["itm"] = judge.sum() * itm_loss(logits, plan["matched"][judge])
+        if "distil" in plan:
+            wrong, fused = plan["distil"], self.pair_vectors(visual, text, plan["tokens"])
+            losses["distil"] = distil_loss(fused[:, wrong], plan["alone"][wrong].transpose(0, 1))
         if "mlm" in objectives:
             losses["mlm"] = predict.sum() * mlm_loss(self.predict_words(text, predict), plan["words"][predict])
         if "cr" in objectives:
@@ -718,6 +747,18 @@ class MVLT(nn.Module):
 
 
 READS_PICTURES = (".embed_image", ".norm_image", ".position_image", ".attn.sr", ".attn.norm")  # parts of names
+
+
+def hard_negatives(logits, same, hard, generator):
+    """
+    For each row of logits (G, G) the place of another column, (G,) int64, never one that is the same (G, G): for a
+    share `hard` of the rows in proportion to exp(logits), for the rest uniformly; -1 where all columns are the same.
+    """
+    easy = torch.rand(len(logits), generator=generator) >= hard
+    none = same.all(dim=1)
+    chances = logits.nan_to_num().masked_fill(easy[:, None], 0.0)
+    chances = chances.masked_fill(same & ~none[:, None], float("-inf")).softmax(dim=1)
+    return torch.multinomial(chances, 1, generator=generator)[:, 0].masked_fill(none, -1)
 
 
 def trim(tokens):
@@ -905,6 +946,14 @@ def itc_loss(image_vectors, text_vectors, log_scale, same, smoothing=0.0):
         return -(target * chosen.masked_fill(~allowed, 0)).sum(dim=1).mean()
 
     return (one_way(logits) + one_way(logits.T)) / 2
+
+
+def distil_loss(fused, alone):
+    """
+    Distillation (not in the paper), a sum over n wrong pairs: fused (2, n, embed_dim) are the vectors of picture and
+    caption read together, alone those of each read by itself; 1 - their cosine, a mean over the two.
+    """
+    return (1 - (fused * alone).sum(2)).mean(0).sum()
 
 
 def recognition_loss(logits, classes):

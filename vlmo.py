@@ -44,6 +44,7 @@ from extras.runtime import Linear, linear
 from mvlt import (
     DropPath,
     draw_units,
+    hard_negatives,
     itc_loss,
     parse_objectives,
     require,
@@ -776,18 +777,6 @@ def mask_words(tokens, word_start, vocab_size, mask_id, special_ids, ratio=0.15,
     drawn = ordinary[torch.randint(len(ordinary), tokens.shape, generator=generator)]
     masked = tokens.masked_fill(where & (fate < 0.8), mask_id)
     return torch.where(where & (fate >= 0.8) & (fate < 0.9), drawn, masked), where
-
-
-def hard_negatives(logits, same, hard, generator):
-    """
-    For each row of logits (G, G) the place of another column, (G,) int64, never one that is the same (G, G): for a
-    share `hard` of the rows in proportion to exp(logits), for the rest uniformly; -1 where all columns are the same.
-    """
-    easy = torch.rand(len(logits), generator=generator) >= hard
-    none = same.all(dim=1)
-    chances = logits.nan_to_num().masked_fill(easy[:, None], 0.0)
-    chances = chances.masked_fill(same & ~none[:, None], float("-inf")).softmax(dim=1)
-    return torch.multinomial(chances, 1, generator=generator)[:, 0].masked_fill(none, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

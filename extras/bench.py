@@ -54,7 +54,7 @@ class RandomSplit:
         self.tokenizer = Tokenizer(SPECIAL + [f"word{i}" for i in range(len(SPECIAL), config.vocab_size)])
         self.categories = self.subcategories = torch.full((n,), -1)
 
-    def negatives(self, rows, generator, same_group=False):
+    def negatives(self, rows, generator):
         return rows.roll(1)
 
 

@@ -647,12 +647,8 @@ def test_the_negatives_of_a_split_are_those_of_draw_negatives(shop):
     labels = {field: table.build(rows).class_names(field) for field in ("category", "subcategory")}
     split = data.open_split(shop, "train", data.Tokenizer.train(["a coat"] * 2, 30), labels, 8, 12)
     chosen = torch.arange(0, 24, 2)
-    for same_group, groups in ((False, None), (True, split.groups)):
-        drawn = split.negatives(chosen, data.generator(0), same_group)
-        expected = data.draw_negatives(chosen, split.products, split.captions, data.generator(0), groups)
-        assert (drawn == expected).all()
-        same = (split.subcategories[drawn] == split.subcategories[chosen]).all()
-        assert bool(same) == same_group
+    drawn = split.negatives(chosen, data.generator(0))
+    assert (drawn == data.draw_negatives(chosen, split.products, split.captions, data.generator(0))).all()
 
 
 def test_the_pool_of_pictures_holds_each_picture_once_and_those_of_a_folder(folder, tmp_path_factory):
@@ -778,15 +774,15 @@ def test_trim_keeps_the_last_word_behind_a_padding_word_written_in_the_caption()
 
 # --- Negatives ---
 
-CATALOGUE = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(-1, 2)), min_size=1, max_size=12)
+CATALOGUE = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=12)
 
 
 @settings(law, max_examples=100)
-@given(catalogue=CATALOGUE, seed=SEEDS, use_groups=st.booleans())
-def test_a_negative_has_another_product_and_caption_and_is_of_the_group_if_any_is(catalogue, seed, use_groups):
-    products, captions, groups = torch.tensor(catalogue).T.contiguous()
+@given(catalogue=CATALOGUE, seed=SEEDS)
+def test_a_negative_has_another_product_and_caption(catalogue, seed):
+    products, captions = torch.tensor(catalogue).T.contiguous()
     rows = torch.arange(len(catalogue))
-    arguments = (rows, products, captions, data.generator(seed), groups if use_groups else None)
+    arguments = (rows, products, captions, data.generator(seed))
     allowed = (products[:, None] != products) & (captions[:, None] != captions)
     if not allowed.any(dim=1).all():
         first = int((~allowed.any(dim=1)).nonzero()[0])
@@ -795,22 +791,15 @@ def test_a_negative_has_another_product_and_caption_and_is_of_the_group_if_any_i
         return
     drawn = data.draw_negatives(*arguments)
     assert allowed[rows, drawn].all()
-    close = allowed & (groups[:, None] == groups) & (groups >= 0)
-    if use_groups:
-        assert (close[rows, drawn] == close.any(dim=1)).all()
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_every_allowed_row_is_equally_likely(grouped):
+def test_every_allowed_row_is_equally_likely():
     products, captions = torch.arange(20) // 2, torch.arange(20) // 4
-    groups = torch.arange(20) % 2 if grouped else None
     rows = torch.zeros(32000, dtype=torch.int64)
-    draws = data.draw_negatives(rows, products, captions, data.generator("uniform"), groups)
-    expected = [number for number in range(4, 20) if not grouped or number % 2 == 0]  # rows 0 to 3 share the caption
-    counts = torch.bincount(draws, minlength=20)[expected].double()
+    draws = data.draw_negatives(rows, products, captions, data.generator("uniform"))
+    counts = torch.bincount(draws, minlength=20)[4:].double()  # rows 0 to 3 share the caption
     assert counts.sum() == 32000
-    mean = 32000 / len(expected)
-    assert ((counts - mean) ** 2 / mean).sum() < 45  # chi-square, at most 15 degrees of freedom: p = 1 / 10,000
+    assert ((counts - 2000) ** 2 / 2000).sum() < 45  # chi-square, 15 degrees of freedom: p = 1 / 10,000
 
 
 def test_the_rare_row_is_found_among_many():
@@ -819,10 +808,9 @@ def test_the_rare_row_is_found_among_many():
     captions = torch.arange(100_000)
     drawn = data.draw_negatives(torch.arange(3), products, captions, data.generator(0))
     assert drawn.tolist() == [77_777] * 3
-    products[88_888], groups = 2, torch.full((100_000,), -1)
-    groups[88_888] = 0
-    drawn = data.draw_negatives(torch.arange(50), products, captions, data.generator(0), groups)
-    assert set(drawn.tolist()) == {77_777, 88_888}  # a row without a group has no preference
+    products[88_888] = 2
+    drawn = data.draw_negatives(torch.arange(50), products, captions, data.generator(0))
+    assert set(drawn.tolist()) == {77_777, 88_888}
 
 
 # --- The rows of a batch ---
@@ -858,9 +846,9 @@ def test_equal_keys_give_equal_randomness_and_other_keys_other(key, other):
 def test_the_draws_are_those_of_earlier_versions():
     """An older run must go on with the same batches: these numbers may never change."""
     assert data.batch_rows(3, 5, 12, seed=7).tolist() == [9, 8, 6, 11, 10]
-    pairs, groups = torch.arange(12) // 2, torch.arange(12) % 3
-    drawn = data.draw_negatives(torch.arange(6), pairs, pairs, data.generator(7, "negatives"), groups)
-    assert drawn.tolist() == [6, 7, 11, 9, 7, 8]
+    pairs = torch.arange(12) // 2
+    drawn = data.draw_negatives(torch.arange(6), pairs, pairs, data.generator(7, "negatives"))
+    assert drawn.tolist() == [8, 8, 11, 10, 8, 8]
 
 
 # --- Batches ---

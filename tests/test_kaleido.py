@@ -104,7 +104,7 @@ class Shop(SimpleNamespace):
         products, texts = self.products[rows], self.captions[rows]
         return (products[:, None] == products) | (texts[:, None] == texts)
 
-    def negatives(self, rows, generator, same_group=False):
+    def negatives(self, rows, generator):
         return data.draw_negatives(rows, self.products, self.captions, generator)
 
 

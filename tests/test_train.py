@@ -70,8 +70,8 @@ def flags_of(name):
 
 
 TINY = [*flags_of("mvlt"), "--mask-unit", "8"]
-RUN = """--steps 8 --batch-size 6 --lr 5e-4 --log-every 1 --save-every 3 --itm-from 0.25 --hard-from 0.5
-    --mirror 0.5 --shift 1 --zoom 0.2""".split()  # all five objectives, dropout, hard negatives
+RUN = """--steps 8 --batch-size 6 --lr 5e-4 --log-every 1 --save-every 3 --itm-from 0.25 --hard-from 0.25
+    --objectives mir,itm:3,mlm,itc,distil,cr --mirror 0.5 --shift 1 --zoom 0.2""".split()  # everything, and dropout
 EXACT = "--no-bf16 --dropout 0 --drop-path 0".split()  # where only the order of a sum may differ
 ONE_STEP = [*TINY, "--steps", "1", "--batch-size", "4"]
 RESUME = ["--resume", "--device", "cpu"]
@@ -292,12 +292,13 @@ def test_a_run_says_what_it_did(unbroken, shop):
     assert [line["step"] for line in lines_of(unbroken) if "val" in line] == [3, 6, 8]
     towers, *_, fused = (line for line in lines_of(unbroken) if "val" not in line)
     assert towers.keys() == {"step", "epoch", "loss", "itc", "lr", "grad_norm", "images_per_s", "memory_gb"}
-    assert fused.keys() == towers.keys() | {"mir", "itm", "mlm", "cr"}
-    total = 10 * fused["mir"] + 3 * fused["itm"] + fused["mlm"] + fused["itc"] + fused["cr"]
+    assert fused.keys() == towers.keys() | {"mir", "itm", "mlm", "distil", "cr"}
+    weight = dict(mir=10, itm=3, mlm=1, itc=1, distil=3, cr=1)
+    total = sum(weight[name] * fused[name] for name in weight)
     assert fused["loss"] == pytest.approx(total, rel=1e-5)
     written = json.loads((unbroken / "config.json").read_text())
     assert written["settings"]["data"] == str(shop) and written["settings"]["steps"] == 8
-    assert written["config"]["dims"] == [4, 8, 8, 16] and written["recipe"]["hard_from"] == 0.5
+    assert written["config"]["dims"] == [4, 8, 8, 16] and written["recipe"]["hard_from"] == 0.25
     samples = sorted(path.name for path in (unbroken / "samples").iterdir())
     assert samples == ["000003.png", "000006.png", "000008.png"]
     assert Image.open(unbroken / "samples" / "000008.png").size == (8 * 32, 3 * 32)  # a column for each picture
@@ -990,7 +991,7 @@ IMPOSSIBLE = {
     "--epochs -1": "--epochs must be 0 or more, got -1.0",
     "--steps 5 --epochs 2": "--steps and --epochs exclude each other",
     "--save-every 0": "save_every must be a whole number",
-    "--objectives mir,colour": "objectives must name some of mir,itm,mlm,itc,cr, each once",
+    "--objectives mir,colour": "objectives must name some of mir,itm,mlm,itc,distil,cr, each once",
     "--objectives mir,mir": "objectives must name some of",
     "--objectives mir:-1": "objectives must give mir a weight of 0 or more",
     "--objectives mir:x": "objectives must give mir a weight of 0 or more",
@@ -1133,7 +1134,7 @@ OF_THE_RECIPE = """--objectives mir:1,itm:3,mlm,itc,cr | --objectives mir,itm,ml
     | --objectives mir,itm:3,mlm:2,itc,cr | --objectives mir,itm:3,mlm,itc:2,cr
     | --objectives mir,itm:3,mlm,itc,cr:2 | --objectives mir,itm:3,mlm,itc
     | --mask-ratio 0.2 | --mask-unit 16 | --mask-style grid | --mask-pictures 0.9 | --mask-words 0.9 | --no-unmasked-itm
-    | --itm-from 0 | --hard-from 1 | --drop-caption 1 | --mirror 0 | --shift 0 | --zoom 0 | --lr 1e-3
+    | --itm-from 0 | --hard-from 0.9 | --drop-caption 1 | --mirror 0 | --shift 0 | --zoom 0 | --lr 1e-3
     | --final-lr 4e-4 | --warmup 1 | --weight-decay 1 | --beta2 0.9 | --clip 0.01 | --seed 1 | --batch-size 13
     | --dropout 0.5 | --drop-path 0.5 | --steps 5 | --vocab-size 90 | --fit pad | --attend-padding"""
 OF_THE_MACHINE = "--log-every 3 | --save-every 2 | --workers 1 | --decode live"
