@@ -593,7 +593,8 @@ class MVLT(nn.Module):
         """
         logits = self.match(text)
         if "itc" in self.recipe.weights:
-            similarity = self.pair_vectors(visual, text, tokens).prod(0).sum(1)  # (B,)
+            image, caption = self.pair_vectors(visual, text, tokens)
+            similarity = (image * caption).sum(1)  # (B,)
             logits = logits.float() + SIMILARITY * torch.stack([torch.zeros_like(similarity), similarity], dim=1)
         return logits
 
