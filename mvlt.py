@@ -193,9 +193,9 @@ class Recipe:
         require_whole(self, dict(mask_unit=1))
         require_range(self, ("mask_ratio", "mask_pictures", "mask_words", "hard_from", "drop_caption"), 0, 1)
         require_range(self, ("itm_from", "input_dropout", "smoothing"), 0, 1, high_included=False)
-        rule = "must have itm and itc beside distil, and distil needs --hard-from below 1"
-        good = "distil" not in chosen or ({"itm", "itc"} <= chosen and self.hard_from < 1)
-        require(good, "objectives", rule, self.objectives)
+        rule = "must be 1 without itm and itc: the towers choose the wrong captions of matching"
+        require(self.hard_from == 1 or {"itm", "itc"} <= chosen, "hard_from", rule, self.hard_from)
+        require(self.hard_from < 1 or "distil" not in chosen, "hard_from", "must be below 1 for distil", self.hard_from)
         rule = "must be both, unless cr is the only objective"
         require(self.modality == "both" or chosen == {"cr"}, "modality", rule, self.modality)
         read_masked = {"mir", "mlm"} if self.unmasked_itm else {"mir"}

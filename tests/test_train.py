@@ -1047,9 +1047,9 @@ def test_what_the_data_cannot_give_is_refused(shop, tmp_path):
         write_rows(folder / f"{split}.jsonl", [row | {"category": "", "subcategory": ""} for row in rows])
     base = [*TINY, *RUN, "--data", folder]
     assert "recognition needs category and subcategory" in message(in_process, tmp_path / "run", *base)
-    in_process(tmp_path / "plus", *base, "--objectives", "mir,itm,itc")  # would like sub-categories, and does without
+    in_process(tmp_path / "plus", *base, "--objectives", "mir,itm,itc")  # needs no categories
     (folder / "val.jsonl").write_text((folder / "val.jsonl").read_text().splitlines(keepends=True)[0] * 2)
-    said = message(in_process, tmp_path / "run", *base, "--objectives", "mir,itm")
+    said = message(in_process, tmp_path / "run", *base, "--objectives", "mir,itm,itc")
     assert re.match("val: row 0 can have no negative.*leave itm out of --objectives", said)
 
 
@@ -1130,9 +1130,10 @@ def test_flags_become_values_of_their_types():
 
 # --- Settings do what they say ---
 
-OF_THE_RECIPE = """--objectives mir:1,itm:3,mlm,itc,cr | --objectives mir,itm,mlm,itc,cr
-    | --objectives mir,itm:3,mlm:2,itc,cr | --objectives mir,itm:3,mlm,itc:2,cr
-    | --objectives mir,itm:3,mlm,itc,cr:2 | --objectives mir,itm:3,mlm,itc
+OF_THE_RECIPE = """--objectives mir:1,itm:3,mlm,itc,distil,cr | --objectives mir,itm,mlm,itc,distil,cr
+    | --objectives mir,itm:3,mlm:2,itc,distil,cr | --objectives mir,itm:3,mlm,itc:2,distil,cr
+    | --objectives mir,itm:3,mlm,itc,distil:1,cr | --objectives mir,itm:3,mlm,itc,distil,cr:2
+    | --objectives mir,itm:3,mlm,itc,distil | --input-dropout 0.5 | --smoothing 0.5
     | --mask-ratio 0.2 | --mask-unit 16 | --mask-style grid | --mask-pictures 0.9 | --mask-words 0.9 | --no-unmasked-itm
     | --itm-from 0 | --hard-from 0.9 | --drop-caption 1 | --mirror 0 | --shift 0 | --zoom 0 | --lr 1e-3
     | --final-lr 4e-4 | --warmup 1 | --weight-decay 1 | --beta2 0.9 | --clip 0.01 | --seed 1 | --batch-size 13
