@@ -49,7 +49,7 @@ from extras.pictures import (
 from extras.readers import plain_caption, read, read_lines, settle
 from extras.runtime import UserError
 from extras.table import Captions, Rows, Texts, Words, build, open_table, open_words, tokenize
-from extras.tokenizer import SPECIAL, Tokenizer
+from extras.tokenizer import SPECIAL, Tokenizer, trim  # noqa: F401 (trim for those who import data)
 
 # --- A split ---
 
@@ -182,15 +182,6 @@ def unpaired_row(where, **fields):
     return empty | {"product_id": where, "where": where} | fields
 
 
-# --- Words ---
-
-
-def trim(tokens):
-    """Cut off the last columns that are padding in every row. (A [PAD] in a caption is a 0 before other words.)"""
-    used = (tokens != 0).any(dim=0).nonzero()
-    return tokens[:, : int(used.max()) + 1 if len(used) else 0]
-
-
 # --- The rows of a batch ---
 
 
@@ -305,7 +296,7 @@ class Batch:
 
     step: int
     rows: torch.Tensor  # (G,) int64: the whole batch
-    slice: tuple  # (lo, hi): the share is rows[lo:hi]
+    share: tuple  # (lo, hi): the share is rows[lo:hi]
     split: Split
     views: Views  # of the whole batch
     border: int  # of the whole batch
@@ -313,7 +304,7 @@ class Batch:
 
     def parts(self, micro_batch=0):
         """The share in micro-batches: slices of range(G), each at most `micro_batch` long (0: one slice)."""
-        lo, hi = self.slice
+        lo, hi = self.share
         length = micro_batch or max(1, hi - lo)
         return [slice(first, min(first + length, hi)) for first in range(lo, hi, length)]
 
@@ -321,7 +312,7 @@ class Batch:
         """The augmented pictures of a slice of the share, (b, 3, H, W) float in [0, 1]; None for a pool of captions."""
         if self.pixels is None:
             return None
-        lo, _ = self.slice
+        lo, _ = self.share
         return to_floats(self.pixels[part.start - lo : part.stop - lo], device)
 
     def images_at(self, places, device="cpu"):
@@ -388,8 +379,8 @@ class Batches:
     def task(self, step):
         """What a loading process has to know of a step."""
         batch = self.batch(step)
-        share = slice(*batch.slice)
-        return self.order[step], batch.rows[share], batch.views.at(share), batch.border
+        own = slice(*batch.share)
+        return self.order[step], batch.rows[own], batch.views.at(own), batch.border
 
 
 class Loader:
@@ -404,7 +395,7 @@ class Loader:
             return None
         try:
             return augment(self.pictures[name][rows.numpy()], views, border)
-        except UserError as error:  # a broken picture that is decoded live; raised here it would lose its one line
+        except UserError as error:  # a broken picture that is decoded live; a loader's error would end in a traceback
             return error
 
 
@@ -442,7 +433,8 @@ def vocab(arguments):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="data.py", description="Look into a folder of pictures and captions.")
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="data.py", description=__doc__, formatter_class=kind)
     commands = parser.add_subparsers(required=True, metavar="check | vocab")
     for command in (check, vocab):
         options = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)

@@ -216,18 +216,16 @@ def rank_by_towers(towers, questions, best, chunk=256):
     return [torch.cat(parts) for parts in zip(*found)]
 
 
-def as_logit(model, near):
-    """A cosine of the towers times the learnt scale, as the contrast reads it."""
-    return near * model.log_scale.detach().clamp(max=math.log(100)).exp().cpu()
-
-
 def both(model, near, scores):
-    """Towers (cosines) and ITM (match - mismatch logits) together. Half of ITM: both see the same (EXPERIMENTS.md)."""
-    return as_logit(model, near) + scores / 2
+    """
+    The towers' logits (cosines times the learnt scale) plus half of ITM's (match - mismatch): half, because the two are
+    correlated (EXPERIMENTS.md).
+    """
+    return min(100.0, model.log_scale.exp().item()) * near + scores / 2
 
 
 class Ranking(NamedTuple):
-    """What became of Questions: the rank of the truth by each method, and for Fig. 5 the best candidates."""
+    """The answer to Questions: the rank of each query's truth by every method; for Fig. 5 the best candidates."""
 
     ranks: dict  # {"fusion": (Q,), "towers": (Q,), "reranked": (Q,)}, as far as the model can
     best: torch.Tensor  # (Q, 5 or fewer) columns, the best first
@@ -240,29 +238,42 @@ def rank(model, split, asked, towers=None, best=20, everything=True, batch_size=
     of towers and ITM together; a truth that is not among them keeps the towers' rank. "fusion": by ITM, which then
     reads `everything`. towers: from `read_towers`, None for a run without. No pair is read twice.
     """
-    first = [towers and rank_by_towers(towers, questions, best) for questions in asked]
+    nearest = [rank_by_towers(towers, questions, best) if towers else None for questions in asked]
     if "itm" not in model.recipe.weights:
-        return [Ranking({"towers": ranked}, columns[:, :5], near[:, :5]) for ranked, columns, near in first]
+        return [Ranking({"towers": ranked}, columns[:, :5], near[:, :5]) for ranked, columns, near in nearest]
     everything = everything or towers is None
-    read = asked if everything else [questions.cut(columns) for questions, (_, columns, _) in zip(asked, first)]
+    read = asked if everything else [questions.cut(found[1]) for questions, found in zip(asked, nearest)]
     pairs = torch.cat([questions.pairs().flatten(0, 1) for questions in read])
     scores = pair_scores(model, split, pairs, batch_size, what).split([one.right.numel() for one in read])
     rankings = []
-    for questions, one, score, found in zip(asked, read, scores, first):
-        score, right = score.view(one.right.shape), one.right
-        ranked = {"fusion": best_ranks(score, right)} if everything else {}
-        columns = torch.arange(right.shape[1]).expand(right.shape)
-        together = score
-        if towers:
-            ranked["towers"], columns, near = found
-            right = questions.right.gather(1, columns)
-            score = score.gather(1, columns) if everything else score
-            together = both(model, near, score)
-            within = best_ranks(together, right)
-            ranked["reranked"] = torch.where(right.any(dim=1), within, ranked["towers"])
-        order = shortlist(together, right, 5)
-        rankings.append(Ranking(ranked, columns.gather(1, order), score.gather(1, order)))
+    for questions, one, score, found in zip(asked, read, scores, nearest):
+        score = score.view(one.right.shape)
+        if not towers:
+            ranking = rank_by_fusion(questions, score)
+        elif everything:
+            fusion = rank_by_fusion(questions, score)
+            ranking = rerank(model, questions, found, score.gather(1, found[1]))
+            ranking = ranking._replace(ranks=fusion.ranks | ranking.ranks)
+        else:
+            ranking = rerank(model, questions, found, score)
+        rankings.append(ranking)
     return rankings
+
+
+def rank_by_fusion(questions, scores):
+    """By ITM alone, which has read every candidate: scores (Q, C)."""
+    columns = shortlist(scores, questions.right, 5)
+    return Ranking({"fusion": best_ranks(scores, questions.right)}, columns, scores.gather(1, columns))
+
+
+def rerank(model, questions, nearest, scores):
+    """The towers' `best`, as `rank_by_towers` found them, in the order of towers and ITM together: scores (Q, best)."""
+    ranked, columns, near = nearest
+    right = questions.right.gather(1, columns)
+    together = both(model, near, scores)
+    reranked = torch.where(right.any(dim=1), best_ranks(together, right), ranked)
+    order = shortlist(together, right, 5)
+    return Ranking({"towers": ranked, "reranked": reranked}, columns.gather(1, order), scores.gather(1, order))
 
 
 def retrieval(model, split, draws, towers=None, best=20, batch_size=256, what=None):
@@ -281,14 +292,14 @@ def retrieval(model, split, draws, towers=None, best=20, batch_size=256, what=No
 
 
 def full_gallery(model, split, towers, queries=None, best=20, seed=0, batch_size=256, what=None):
-    """The whole split as gallery -> {way: {method: recalls}}, how many pairs were read, and how many there are."""
+    """The whole split as gallery -> {way: {method: recalls}}, how many of ITM's scores both ways use, and all."""
     asked = [from_gallery(split, way, queries, seed) for way in WAYS]
-    results = {"pairs_read": 0, "pairs_in_all": 0}
+    results = {"scores_used": 0, "scores_in_all": 0}
     for questions, ranking in zip(asked, rank(model, split, asked, towers, best, False, batch_size, what)):
         results[questions.way] = {method: recalls(ranked) for method, ranked in ranking.ranks.items()}
         size, gallery = questions.right.shape
-        results["pairs_in_all"] += size * gallery
-        results["pairs_read"] += size * min(best, gallery) if "reranked" in ranking.ranks else 0
+        results["scores_in_all"] += size * gallery
+        results["scores_used"] += size * min(best, gallery) if "reranked" in ranking.ranks else 0
     return results
 
 
@@ -399,12 +410,11 @@ def up_to_sep(ids, tokenizer):
 # Validation, for train.py
 
 
-def validate(model, split, seed, progress=1.0, batch_size=128, limit=512, autocast=contextlib.nullcontext):
+def validate(model, split, seed, progress=1.0, batch_size=128, limit=512):
     """
     The losses of the objectives that are active at this `progress`, over the first `limit` rows: {objective: mean}. The
     plans and losses are those of training, with fixed draws, and the processes share the batches. Where the towers
     train also their R@1, "tir_towers" and "itr_towers", on candidate lists; where recognition does, "cr_accuracy".
-    autocast: a function that returns the context of the losses.
     """
     names, active = list(model.recipe.weights), model.active(progress)
     rows = torch.arange(min(limit, len(split)))
@@ -413,7 +423,7 @@ def validate(model, split, seed, progress=1.0, batch_size=128, limit=512, autoca
     with runtime.evaluating(model) as device:
         for number in range(runtime.process_index(), len(batches), runtime.world()):
             draw = functools.partial(data.generator, seed, "validation", number)
-            with autocast():
+            with runtime.precision_of(model):
                 sums, counts = batch_losses(model, split, batches[number], draw, progress, device)
             for name, total in sums.items():
                 totals[:, names.index(name)] += torch.tensor([float(total), counts[name]], dtype=torch.float64)
@@ -503,12 +513,14 @@ def parse(arguments=None):
     flag("--out", metavar="DIR", help="where to write (default: the first run's folder)")
     runtime.add_device_flag(parser)
     args = parser.parse_args(arguments)
-    args.tasks = args.tasks.split(",") if args.tasks else []
+    args.tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks else []
     unknown = [task for task in args.tasks if task not in TASKS]
     if unknown:
         parser.error(f"--tasks must name {', '.join(TASKS)}, got {quoted(unknown[0])}")
     if bool(args.runs) == bool(args.draw_lists):
         parser.error("name one RUN or more, or --draw-lists DIR")
+    if args.draw_lists and args.candidates:
+        parser.error("--draw-lists draws lists and --candidates reads them; give one of the two")
     if len(set(args.runs)) < len(args.runs):
         parser.error("RUN: the same run is named twice")
     return args
@@ -516,9 +528,11 @@ def parse(arguments=None):
 
 def choose_tasks(args, models):
     """{run: its tasks}. Each run does what it was trained for; a task that none can do, and an idle run, are errors."""
-    named = args.tasks + ["full_gallery"] * args.full_gallery
-    usual = [task for task in TASKS if task != ("retrieval" if args.full_gallery else "full_gallery")]
-    asked, chosen = named if args.tasks else usual, {}
+    named = list(args.tasks)
+    if args.full_gallery and "full_gallery" not in named:
+        named.append("full_gallery")
+    unusual = "retrieval" if args.full_gallery else "full_gallery"
+    asked, chosen = named if args.tasks else [task for task in TASKS if task != unusual], {}
     for name, model in models.items():
         chosen[name] = []
         for task in asked:
@@ -567,15 +581,16 @@ def open_runs(args, device):
 
 
 def check_fit(run, first):
-    """What would spoil the numbers, or end the command after hours of reading, is an error now."""
+    """Fail before hours of reading: on rows that differ between runs, on words or classes that the run never saw."""
     split, t = run.split, run.split.tokenizer
-    if split.rows != first.split.rows:
+    if split.digest != first.split.digest:
         raise UserError(f"{run.name}: reads other rows of the data than {first.name}; measure it alone")
     words = split.tokens[:]
     words = words[~torch.isin(words, torch.tensor([t.pad_id, t.cls_id, t.sep_id]))]
     unknown = (words == t.unk_id).double().mean().item()
     if unknown > 0.5:
-        raise UserError(f"{run.name}: {100 * unknown:.0f}% of this split's words are unknown, at most half may be")
+        share = f"{100 * unknown:.0f}% of this split's words are unknown"
+        raise UserError(f"{run.name}: {share} to the run's vocabulary, at most half may be; is this its language?")
     if "recognition" in run.tasks:
         for field in FIELDS:
             true_classes(split.rows, field, run.model.labels[field])
@@ -584,10 +599,11 @@ def check_fit(run, first):
 def draw_all(args, rows):
     """One {"tir": lists, "itr": lists} per draw, from --candidates or drawn."""
     if args.candidates:
-        return lists.read_candidates(args.candidates, rows)
+        draws = lists.read_candidates(args.candidates, rows)
+        return [{way: draw[way][: args.queries] for way in WAYS} for draw in draws]
     products, wanted = len({row["product_id"] for row in rows}), args.queries or 1000
     if products < wanted and runtime.process_index() == 0:
-        print(f"queries: {wanted} asked for, the split has {products} products; each is a query")
+        print(f"--queries {wanted}: the split has only {products} products, so each of them is a query")
     drawn = [candidates(rows, wanted, 101, args.seed + draw) for draw in range(args.draws)]
     return [{"tir": one, "itr": one} for one in drawn]
 
@@ -642,11 +658,11 @@ def about(run):
 
 
 def measured_on(args, split, folder):
-    """What the runs were measured on, for results.json and the report; "paper": the paper's data set, if it is one."""
+    """What the runs were measured on, for results.json and the report; "paper": the paper's test set, if it is one."""
     folder, paper = Path(folder), None
-    if any(folder.glob("fashiongen*.h5")) or (folder / "full_valid_info_PAI").exists():
+    if args.split == "test" and (any(folder.glob("fashiongen*.h5")) or (folder / "full_valid_info_PAI").exists()):
         paper = "Fashion-Gen"
-    elif (folder / "dataset_coco.json").exists():
+    elif args.split == "test" and (folder / "dataset_coco.json").exists():
         paper = "COCO"
     return {"data": folder.resolve().name, "paper": paper, "split": args.split, "rows": len(split),
             "products": len(split.products.unique()), "pictures": len(first_rows(split.pictures.index).unique()),
@@ -661,12 +677,13 @@ def without_nan(value):
 
 
 def draw_lists(args):
-    """Write one draw of candidate lists."""
+    """Write the candidate lists of a folder's split."""
     rows = readers.read(args.draw_lists, args.split, args.skip_bad)
-    drawn = candidates(rows, args.queries or 1000, 101, args.seed)
+    draws = draw_all(args, rows)
     out = args.out or f"candidates-{args.seed}.json"
-    lists.save_candidates(out, [{"tir": drawn, "itr": drawn}], rows)
-    print(f"{len(drawn)} lists of {len(drawn[0]['candidates'])} candidates: {out}")
+    lists.save_candidates(out, draws, rows)
+    first = draws[0]["tir"]
+    print(f"{len(draws)} draws of {len(first)} lists of {len(first[0]['candidates'])} candidates: {out}")
 
 
 def main(arguments=None):

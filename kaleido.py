@@ -132,7 +132,10 @@ class Recipe:
         "Objectives, as name or name:weight: sat (the captioner of AAG), mlm, itm, rr, jps, cp, g2cm, b2cm, cr; "
         "or caption alone. The weight defaults to 1.",
     )
-    align: str = setting("forced", "AAG: told (the paper), forced (the captioner reads the true caption), or none.")
+    align: str = setting(
+        "forced", "AAG reads the attention maps of the captioner's own caption (told, as the paper) or of the true "
+        "caption (forced); none: random masking."
+    )
     align_from: float = setting(0.2, "Share of the steps that train the captioner alone; then it is frozen.")
     foreground: bool = setting(True, "KPG: cut the patches from the box of the object, not from the whole picture.")
     unmasked_itm: bool = setting(True, "Matching and recognition read unchanged pairs only; no: all pairs are changed.")
@@ -153,7 +156,8 @@ class Recipe:
             require(type(getattr(self, name)) is bool, name, "must be True or False", getattr(self, name))
         alone = "caption" not in chosen or len(chosen) == 1
         require(alone, "objectives", "must name caption alone: it reads captions that are all [MASK]", self.objectives)
-        require(chosen != {"sat"}, "objectives", "must name more than sat: the captioner serves others", "sat")
+        serves = bool(chosen - {"sat"})
+        require(serves, "objectives", "must name more than sat: the captioner serves others", self.objectives)
         if self.unmasked_itm and CHANGES & chosen:
             rule = "must be above 0, so that mlm and rr to b2cm can read pairs"
             require(self.change_pairs > 0, "change_pairs", rule, self.change_pairs)
@@ -163,8 +167,11 @@ class Recipe:
 
     @property
     def weights(self):
-        """{objective: its weight in Eq. 8}."""
-        return parse_objectives(self.objectives, OBJECTIVES)
+        """{objective: its weight in Eq. 8}; without AAG there is no captioner to train."""
+        weights = parse_objectives(self.objectives, OBJECTIVES)
+        if self.align == "none":
+            weights.pop("sat", None)
+        return weights
 
 
 DEMO = dict(size="nano", steps=1000, batch_size=64, lr=3e-3, final_lr=5e-5, warmup=0.1, weight_decay=1e-4, clip=1.0)
@@ -255,12 +262,12 @@ def cut_all(framed, side):
     return torch.cat([cut(framed, k, side) for k in LEVELS], dim=1)
 
 
-def places_of(boxes, size):
+def places_of(boxes, images):
     """
     x1, x2, y1, y2 and area of each patch as shares of the picture, (B, 55, 5). (The authors' are whole numbers of an
     unknown unit.) They belong to the place: a turned, shuffled or swapped patch does not take them along.
     """
-    x0, y0, x1, y1 = (boxes[:, None] / size).unbind(2)  # (B, 1) each
+    x0, y0, x1, y1 = (boxes[:, None].to(images.dtype) / images.shape[2]).unbind(2)  # (B, 1) each
     places = []
     for k in LEVELS:
         number = torch.arange(k * k, device=boxes.device)
@@ -273,7 +280,7 @@ def places_of(boxes, size):
 
 def patches(images, boxes, side):
     """KPG: the patches (B, 55, 3, p, p) of the boxes and their places (B, 55, 5)."""
-    return cut_all(crop(images, boxes), side), places_of(boxes.to(images.dtype), images.shape[2])
+    return cut_all(crop(images, boxes), side), places_of(boxes, images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -715,7 +722,7 @@ class Kaleido(nn.Module):
     def look_at(self, images):
         """Pictures (B, 3, H, H) in [0, 1] -> features (B, 55, F) and places (B, 55, 5), for `fuse`."""
         boxes, framed = self.framed(images)
-        places = places_of(boxes.to(images.dtype), self.config.image_size)
+        places = places_of(boxes, images)
         return self.look(cut_all(framed, self.config.patch_side)), places
 
     def fuse(self, features, places, tokens):
@@ -827,7 +834,7 @@ class Kaleido(nn.Module):
         cells = object_cells(images, boxes, self.captioner.grid)
         maps, said = word_maps(self.captioner, framed, tokens, self.recipe.align, cells)
         pairs = strongest(maps, said & self.alignable[tokens])
-        return places_of(boxes.to(images.dtype), self.config.image_size), pairs, maps
+        return places_of(boxes, images), pairs, maps
 
     @torch.no_grad()
     def pretext(self, split, draw, batch=64):
@@ -857,7 +864,7 @@ class Kaleido(nn.Module):
     def active(self, progress):
         """The objectives that train at this share of the run: the captioner alone first, then all others."""
         chosen = tuple(self.recipe.weights)
-        if "sat" in chosen and self.recipe.align != "none" and progress < self.recipe.align_from:
+        if "sat" in chosen and progress < self.recipe.align_from:
             return ("sat",)
         return tuple(name for name in chosen if name != "sat")
 
@@ -883,7 +890,8 @@ class Kaleido(nn.Module):
         """
         if self.config.encoder == "resnet50":
             loaded = bool(self.encoder.bn1.running_mean.any())
-            require(loaded, "encoder", "resnet50 needs the weights of a ResNet-50; give them, or choose conv", "none")
+            rule = "resnet50 needs the weights of a ResNet-50: give them with --init, or choose conv"
+            require(loaded, "encoder", rule, "none")
         tokenizer, V = split.tokenizer, self.config.vocab_size
         captions = torch.zeros(V, dtype=torch.int64)
         for rows in torch.arange(len(split.tokens)).split(10_000):
@@ -975,7 +983,7 @@ class Kaleido(nn.Module):
             logits, words = self.captioner(framed, plan["sat"])[0], plan["sat"][:, 1:]
             return {"sat": (logits[words != 0], words[words != 0])}
         clean = cut_all(framed, self.config.patch_side)
-        places = places_of(boxes.to(images.dtype), self.config.image_size)
+        places = places_of(boxes, images)
         if "caption" in plan:
             return {"caption": self.answer_captions(clean, places, plan["caption"])}
 

@@ -34,14 +34,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from extras import foreign
-from extras.runtime import Linear
+from extras.runtime import Linear, quoted
+from extras.tokenizer import trim
 
 
-def require(condition, setting, rule, value):
+def require(condition, name, rule, value):
     """Raise a ValueError that names the setting, the rule and the value unless the condition holds."""
     if not condition:
-        text = repr(value)
-        raise ValueError(f"{setting} {rule}, got {text if len(text) <= 80 else text[:77] + '...'}")
+        raise ValueError(f"{name} {rule}, got {quoted(value)}")
 
 
 def setting(default, help):
@@ -88,7 +88,7 @@ class Config:
     attend_padding: bool = setting(False, "Attend to padding, as the authors' code does.")
     n_category: int = setting(0, "Number of main categories (M-CR); 0 leaves the head out.")
     n_subcategory: int = setting(0, "Number of sub-categories (S-CR); 0 leaves the head out.")
-    embed_dim: int = setting(256, "Width of the space in which the two towers meet.")
+    embed_dim: int = setting(256, "Width of the towers' vectors, the space in which pictures and captions meet.")
 
     def __post_init__(self):
         for name in ("dims", "depths", "heads", "mlp_ratios", "sr_ratios"):
@@ -167,18 +167,20 @@ class Recipe:
     """Objectives, masking and curriculum. The defaults are the demo's."""
 
     objectives: str = setting(
-        "mir,itm:3,mlm,itc,cr", "Objectives, each with its weight in the loss where it is not the paper's, as itm:3."
+        "mir,itm:3,mlm,itc,cr",
+        "Objectives, as name or name:weight, separated by commas: mir, itm, mlm (the paper's), itc (the towers), "
+        "distil (itm learns from them), cr (recognition).",
     )
     mask_style: str = setting("random", "Where pixels are hidden: random, grid, stroke or center (Fig. 8).")
     mask_ratio: float = setting(0.5, "r_v, the hidden share of a masked picture.")
     mask_unit: int = setting(16, "alpha P, the side of a masking unit in pixels.")
     mask_pictures: float = setting(0.3, "Probability of masking a picture.")
     mask_words: float = setting(0.15, "r_l, the share of the words that are hidden.")
-    unmasked_itm: bool = setting(True, "Matching reads only pairs with nothing hidden; no: masked pairs, as the paper.")
+    unmasked_itm: bool = setting(True, "Matching reads unmasked pairs only; no: every pair, as the paper.")
     itm_from: float = setting(0.1, "Train the towers alone (itc) until this share of the steps.")
     input_dropout: float = setting(0.0, "Share of the words and of the masking units that training leaves out.")
-    smoothing: float = setting(0.0, "Label smoothing of the contrast.")
-    hard_from: float = setting(1.0, "From this share of the steps on, the towers (itc) choose the wrong captions.")
+    smoothing: float = setting(0.0, "Label smoothing of the contrastive loss.")
+    hard_from: float = setting(1.0, "From this share of the steps on, the towers choose ITM's negatives (1: never).")
     drop_caption: float = setting(
         0.2, "Probability of dropping an unmasked, matched pair's caption, so that recognition also learns from photos."
     )
@@ -198,14 +200,14 @@ class Recipe:
         require(self.hard_from < 1 or "distil" not in chosen, "hard_from", "must be below 1 for distil", self.hard_from)
         rule = "must be both, unless cr is the only objective"
         require(self.modality == "both" or chosen == {"cr"}, "modality", rule, self.modality)
-        read_masked = {"mir", "mlm"} if self.unmasked_itm else {"mir"}
-        read_whole = {"itm", "cr"} if self.unmasked_itm else {"cr"}
-        rule = "must be above 0, so that {} has pairs to read"
-        starved = " and ".join(sorted(read_masked & chosen))
-        require(self.mask_pictures > 0 or not starved, "mask_pictures", rule.format(starved), self.mask_pictures)
-        rule = "must be below 1, so that {} has pairs to read"
-        starved = " and ".join(sorted(read_whole & chosen))
-        require(self.mask_pictures < 1 or not starved, "mask_pictures", rule.format(starved), self.mask_pictures)
+        only_masked = {"mir", "mlm"} if self.unmasked_itm else {"mir"}
+        if only_masked & chosen:
+            rule = f"must be above 0, so that {' and '.join(sorted(only_masked & chosen))} can read pairs"
+            require(self.mask_pictures > 0, "mask_pictures", rule, self.mask_pictures)
+        only_unmasked = {"itm", "cr"} if self.unmasked_itm else {"cr"}
+        if only_unmasked & chosen:
+            rule = f"must be below 1, so that {' and '.join(sorted(only_unmasked & chosen))} can read pairs"
+            require(self.mask_pictures < 1, "mask_pictures", rule, self.mask_pictures)
 
     @property
     def weights(self):
@@ -223,7 +225,7 @@ PLUS = dict(
     size="pico", objectives="mir,itm:3,mlm,itc,distil,cr", hard_from=0.5, batch_size=256, steps=2400, weight_decay=1.0,
     mirror=0.5, shift=3, zoom=0.2, save_every=300,
 )
-RECOGNISE = dict(objectives="cr", mask_pictures=0.0, optimizer="adamw", lr=5e-4)  # Sec. 3.3: fine-tune the encoder
+RECOGNISE = dict(objectives="cr", optimizer="adamw", lr=5e-4)  # Sec. 3.3: fine-tune the encoder
 RECIPES = {"demo": dict(size="pico"), "paper": PAPER, "plus": PLUS, "recognise": RECOGNISE}
 
 
@@ -262,7 +264,7 @@ def attend(q, k, v, seen):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with spatial reduction: all tokens ask; the keys are the words and the reduced patches."""
+    """Multi-head attention with spatial reduction: all tokens are queries, the words and the reduced patches keys."""
 
     def __init__(self, dim, heads, reduction):
         super().__init__()
@@ -604,8 +606,8 @@ class MVLT(nn.Module):
     def score(self, images, tokens):
         """Match - mismatch logit, (B,) in fp32: above 0 picture and caption belong together."""
         visual, text = self.encode(images, tokens)
-        visual, text = [v.float() for v in visual], [t.float() for t in text]  # in bf16 close scores would tie
-        logits = self.match_pair(visual, text, tokens).float()
+        with torch.autocast(images.device.type, enabled=False):  # in bf16 close scores would tie
+            logits = self.match_pair([v.float() for v in visual], [t.float() for t in text], tokens)
         return logits[:, 1] - logits[:, 0]
 
     def embed(self, images, tokens):
@@ -620,7 +622,8 @@ class MVLT(nn.Module):
     def classify(self, images, tokens):
         """Logits of main and sub-category, (B, n_category) and (B, n_subcategory)."""
         _, text = self.encode(images, tokens)
-        return self.recognise([t.float() for t in text])
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.recognise([t.float() for t in text])
 
     def rebuild(self, images, tokens):
         """The pictures (B, 3, H, W) in [0, 1] from what is left of them and their captions."""
@@ -663,7 +666,9 @@ class MVLT(nn.Module):
         objectives = [name for name in self.active(progress) if name != "itc"]
         if not objectives:
             return {}, {}
+        read_masked = {"mir", "mlm"} if r.unmasked_itm else {"mir", "mlm", "itm"}
         masked = torch.rand(G, generator=draw("hide")) < r.mask_pictures
+        masked = masked & bool(read_masked & set(objectives))  # no pair is masked that no objective would read
         matched = torch.ones(G, dtype=torch.bool)
         if "itm" in objectives:
             matched = torch.randperm(G, generator=draw("match")) % 2 == 0  # half of the pairs get a wrong caption
@@ -741,10 +746,9 @@ class MVLT(nn.Module):
             losses["mlm"] = predict.sum() * mlm_loss(self.predict_words(text, predict), plan["words"][predict])
         if "cr" in objectives:
             category, subcategory = self.recognise(text)
-            known = (category, plan["category"], plan["share_category"])
-            losses["cr"] = shared_cross_entropy(*known)
-            known = (subcategory, plan["subcategory"], plan["share_subcategory"])
-            losses["cr"] = losses["cr"] + shared_cross_entropy(*known)
+            main = recognition_loss(category, plan["category"], plan["share_category"])  # M-CR
+            sub = recognition_loss(subcategory, plan["subcategory"], plan["share_subcategory"])  # S-CR
+            losses["cr"] = main + sub
         return losses
 
 
@@ -763,31 +767,11 @@ def hard_negatives(logits, same, hard, generator):
     return torch.multinomial(chances, 1, generator=generator)[:, 0].masked_fill(none, -1)
 
 
-def trim(tokens):
-    """Cut off the last columns that are padding in every row of tokens (n, L)."""
-    used = (tokens != 0).any(dim=0).nonzero()
-    return tokens[:, : int(used.max()) + 1 if len(used) else 0]
-
-
 def empty_captions(tokenizer, words):
     """[CLS] [SEP] and padding, for as many captions as `words` (G, L) holds."""
     empty = torch.zeros_like(words)
     empty[:, :2] = torch.tensor(tokenizer.encode(""))
     return empty
-
-
-def share_known(classes, counted):
-    """
-    Recognition's two losses are means over the pairs whose class is known, -1 = unknown. Returns classes (G,) and each
-    pair's share (G,) of the mean, 0 where it does not count.
-    """
-    known = counted & (classes >= 0)
-    return classes.clamp(min=0), known.float() / known.sum().clamp(min=1)
-
-
-def shared_cross_entropy(logits, classes, share):
-    """The sum over the slice of share (B,) times cross-entropy."""
-    return (share * F.cross_entropy(logits.float(), classes, reduction="none")).sum()
 
 
 def initialise(module):
@@ -958,9 +942,18 @@ def distil_loss(fused, alone):
     return (1 - (fused * alone).sum(2)).mean(0).sum()
 
 
-def recognition_loss(logits, classes):
-    """Cross-entropy over the pictures whose class is known: classes (B,), -1 = unknown."""
-    return cross_entropy(logits[classes >= 0], classes[classes >= 0])
+def share_known(classes, counted):
+    """
+    M-CR's and S-CR's losses are means over the pairs whose class is known; -1 = unknown. Returns classes (G,) and each
+    pair's share (G,) of the mean, 0 where it does not count.
+    """
+    known = counted & (classes >= 0)
+    return classes.clamp(min=0), known.float() / known.sum().clamp(min=1)
+
+
+def recognition_loss(logits, classes, share):
+    """M-CR or S-CR: the sum over a slice of share (B,) times cross-entropy."""
+    return (share * F.cross_entropy(logits.float(), classes, reduction="none")).sum()
 
 
 def cross_entropy(logits, right):

@@ -150,7 +150,7 @@ def words(run, texts, warn=True):
     return data.Words(data.tokenize(texts, tokenizer, longest))[:]
 
 
-def words_or_none(run, text):
+def words_or_empty(run, text):
     """The tokens of a text; without a text those of the empty caption, [CLS] [SEP]."""
     return words(run, [text]) if text else torch.tensor([run.tokenizer.encode("")])
 
@@ -228,14 +228,14 @@ def likeliest(logits, names, best=5):
 def classify(run, image, text=""):
     """{"category": [(name, probability), ...], "subcategory": ...}, the likeliest first, from what the run reads."""
     needs(run, "classify")
-    labels, modality = run.model.labels, getattr(run.model.recipe, "modality", "both")
+    labels, modality = run.model.labels, evaluation.modality_of(run.model)
     if not labels.get("category") or not labels.get("subcategory"):
         raise UserError(f"{run.folder}: this run knows the names of no classes")
     if modality == "text" and not text:
         raise UserError(f"{run.folder}: this run recognises by the text alone, and there is none")
     with inference(run) as device:
         images = None if modality == "text" else data.to_floats(open_one(run, image), device)
-        tokens = words_or_none(run, "" if modality == "image" else text)
+        tokens = words_or_empty(run, "" if modality == "image" else text)
         logits = run.model.classify(images, tokens.to(device))
     return {field: likeliest(one[0].cpu(), labels[field]) for field, one in zip(("category", "subcategory"), logits)}
 
@@ -246,7 +246,7 @@ def rebuild(run, image, text="", hide=0.5, seed=0):
     hidden, and over the hidden pixels the PSNR in dB, "psnr", and that of the mean colour, "floor".
     """
     needs(run, "rebuild")
-    recipe, tokens = run.model.recipe, words_or_none(run, text)
+    recipe, tokens = run.model.recipe, words_or_empty(run, text)
     with runtime.evaluating(run.model) as device:
         original = data.to_floats(open_one(run, image), device)
         masked, hidden = figures.hide(original, [0], recipe.mask_style, hide, recipe.mask_unit, seed)
@@ -415,7 +415,7 @@ def rerank(run, text, folder, found):
     """The answers in the order of towers and matching head together, without those whose picture cannot be read."""
     by_path, ranked = {os.path.join(folder, answer["image"]): answer for answer in found}, []
     for path, logit in rank(run, text, list(by_path), skip_bad=True):
-        both = evaluation.both(run.model, by_path[path]["near"], logit).item()
+        both = evaluation.both(run.model, by_path[path]["near"], logit)
         ranked.append(by_path[path] | {"match": logit, "both": both})
     return sorted(ranked, key=lambda answer: answer["both"], reverse=True)
 
@@ -553,7 +553,7 @@ def answer_query(run, args, opened, query):
         both = "" if answer["both"] is None else f"{answer['both']:.2f}"
         scores = (as_match(answer["match"]), f"{answer['near']:.3f}", both)
         rows.append((str(place), *scores, answer["image"], answer["caption"]))
-    table(("rank", "match", "near", "both", "picture", "caption"), *rows)
+    table(("rank", "match", "cosine", "both", "picture", "caption"), *rows)
     print(f"{seconds:.2f} s among {opened.size} pictures", flush=True)
     warn_if_constant([answer["near"] for answer in found])
     if args.out:
@@ -596,8 +596,8 @@ def parse(arguments=None):
             add("folder", metavar="DIR")
         if name == "search":
             add("query", metavar="TEXT|IMAGE", nargs="?", help="without it: one query a line from the standard input")
-            add("--best", type=at_least(0), default=20, metavar="K", help="how many the matching head reads (20)")
-            add("--show", type=at_least(1), default=10, metavar="N", help="how many to print (10)")
+            add("--best", type=at_least(0), default=20, metavar="K", help="how many ITM re-ranks (default: 20)")
+            add("--show", type=at_least(1), default=10, metavar="N", help="how many to print (default: 10)")
         if name in ("index", "search"):
             add("--name", help="of the index (default: the folder's; search: the only index)")
         if name in ("rebuild", "align", "search"):

@@ -49,11 +49,11 @@ LARGE_TENSOR = 100 << 20  # bytes; larger tensors go back to the system, because
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. The defaults are the demo's: a pico model and the toy shop on a laptop."""
+    """One run. A recipe (--preset) of the model's file replaces some of these defaults."""
 
     model: str = setting("mvlt", "Model: mvlt, kaleido or vlmo.")
-    size: str = setting("nano", "Size of the model: nano, and what its file's PRESETS name.")
-    preset: str = setting("demo", "Recipe of the model's file: demo, paper, recognise and others.")
+    size: str = setting("nano", "Size of the model.")
+    preset: str = setting("demo", "Recipe of the model.")
     data: str = setting("", "Folder with the data set; without it the toy shop is drawn into ./toy.")
     images: str = setting("", "Folder of photos without captions, for a stage on pictures alone (no test pictures!).")
     texts: str = setting("", "File of captions, one a line, for a stage on captions alone.")
@@ -64,7 +64,7 @@ class Settings:
     init: str = setting(
         "", "Other people's weights to start from, a file or several (a,b): PVT, BERT, ResNet-50, BEiT, the authors'."
     )
-    start: str = setting("", "A run to start from.")
+    start: str = setting("", "Fine-tuning: a run whose weights to start from.")
     steps: int = setting(300, "Number of steps.")
     epochs: float = setting(0.0, "Number of passes over the training split, instead of --steps.")
     batch_size: int = setting(128, "Global batch size G, over all processes.")
@@ -75,7 +75,7 @@ class Settings:
     warmup: float = setting(0.05, "Share of the steps over which the learning rate rises.")
     weight_decay: float = setting(1e-4, "Weight decay of matrices; norms and biases have none.")
     beta2: float = setting(0.999, "AdamW's second beta.")
-    clip: float = setting(1.0, "Largest norm of a step's gradient; a longer gradient is shortened to it.")
+    clip: float = setting(1.0, "Gradient clipping: largest norm of the gradient.")
     mirror: float = setting(0.0, "Augmentation: probability of mirroring a picture.")
     shift: int = setting(0, "Augmentation: move pictures by up to this many pixels.")
     zoom: float = setting(0.0, "Augmentation: width and height of the crop each vary by up to this fraction.")
@@ -83,8 +83,8 @@ class Settings:
     bf16: bool = setting(True, "Mixed precision where the device gains from it.")
     recompute: bool = setting(False, "Recompute activations in the backward pass: less memory, a third more work.")
     workers: int = setting(0, "Loader processes.")
-    log_every: int = setting(20, "Log every so many steps.")
-    save_every: int = setting(100, "Validate and save every so many steps.")
+    log_every: int = setting(20, "Number of steps from one line of the log to the next.")
+    save_every: int = setting(100, "Number of steps from one validation, and checkpoint, to the next.")
 
     def __post_init__(self):
         for field in fields(self):
@@ -147,11 +147,16 @@ def parse(arguments=None):
     runtime.add_device_flag(parser)
     file = weights.FILES[model]
     parts = {"settings": Settings, "config": file.Config, "recipe": file.Recipe}
+    demo = file.RECIPES["demo"]
+    defaults = {**file.PRESETS[demo["size"]], **demo}  # of a run without flags
+    choices = {"size": file.PRESETS, "preset": file.RECIPES}
     for part, kind in parts.items():
-        group = parser.add_argument_group(f"{part} of {model}" if part != "settings" else "settings")
+        title = f"{part} of {model}" if part != "settings" else "settings"
+        group = parser.add_argument_group(f"{title} (the demo's are the defaults; --preset replaces some)")
         for field in fields(kind):
             if part != "config" or field.name not in FROM_THE_DATA:
-                add_flag(group, part, field)
+                default = defaults.get(field.name, field.default)
+                add_flag(group, part, field, default, ",".join(choices.get(field.name, ())))
     args = parser.parse_args(arguments)
     if args.resume and not args.out:
         parser.error("--resume needs --out, the run to go on with")
@@ -170,15 +175,16 @@ class HelpFormat(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, width=120)
 
 
-def add_flag(group, part, field):
-    """One field as a flag: its sentence and its default."""
-    help = f"{field.metadata['help']} Default: {field.default!r}.".replace("%", "%%")
+def add_flag(group, part, field, default, choices):
+    """One field as a flag: its sentence, the demo's value and the choices, where it has any."""
+    help = f"{field.metadata['help']} Default: {default!r}.".replace("%", "%%")
     options = dict(dest=f"{part}.{field.name}", default=None, help=help)
     if field.type is bool:
         group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **options)
     else:
         kind = whole_numbers if field.type is tuple else field.type
-        group.add_argument(flag(field.name), type=kind, metavar=field.type.__name__.upper(), **options)
+        metavar = f"{{{choices}}}" if choices else field.type.__name__.upper()
+        group.add_argument(flag(field.name), type=kind, metavar=metavar, **options)
 
 
 def whole_numbers(text):
@@ -240,7 +246,7 @@ def resolve(given, saved=None):
 # One step
 
 
-def step_gradients(model, batch, seed, micro_batch, progress, autocast):
+def step_gradients(model, batch, seed, micro_batch, progress):
     """
     This process's share of one batch's losses and gradients; summed over the processes they are those of all G pairs
     read at once. The contrastive loss over all pairs is differentiated in two steps, loss -> vectors -> weights
@@ -255,7 +261,7 @@ def step_gradients(model, batch, seed, micro_batch, progress, autocast):
 
     def embed(part):
         reseed(seed, batch.step, part.start, "towers")  # dropout: the second forward pass repeats the first
-        with autocast():
+        with runtime.precision_of(model):
             return model.embed(batch.images(part, device), tokens[part].to(device))
 
     if "itc" in model.active(progress):
@@ -263,7 +269,7 @@ def step_gradients(model, batch, seed, micro_batch, progress, autocast):
         one_part = len(parts) == 1  # then the first forward pass can keep its graph
         with torch.set_grad_enabled(one_part):
             own = [embed(part) for part in parts]
-        vectors = gather(torch.cat(own, dim=1), batch.slice, len(rows)).requires_grad_()  # (n, G, E), in every process
+        vectors = gather(torch.cat(own, dim=1), batch.share, len(rows)).requires_grad_()  # (n, G, E), in every process
         loss = model.contrast(vectors, split.same(rows).to(device)) / runtime.world()
         (weight["itc"] * loss).backward()
         losses["itc"] = loss.detach()
@@ -278,7 +284,7 @@ def step_gradients(model, batch, seed, micro_batch, progress, autocast):
         sliced = {name: value[part].to(device) for name, value in plan.items()}
         if "other" in plan:
             sliced["other_images"] = batch.images_at(plan["other"][part].clamp(min=0), device)
-        with autocast():
+        with runtime.precision_of(model):
             sums = model.losses(batch.images(part, device), sliced)
         shares = {name: total / max(1, count[name]) for name, total in sums.items()}  # of the mean over the whole batch
         if shares:
@@ -293,18 +299,21 @@ def reseed(*key):
     torch.manual_seed(data.generator(*key).initial_seed())
 
 
-def gather(own, slice, G):
-    """Every process's vectors (n, b, E) in the places of its slice: (n, G, E), the same everywhere, detached."""
+def gather(own, share, G):
+    """Every process's vectors (n, b, E) in the places of its share: (n, G, E), the same everywhere, detached."""
     if not dist.is_initialized():
         return own.detach().clone()
     whole = own.new_zeros(own.shape[0], G, own.shape[2])
-    whole[:, slice[0] : slice[1]] = own.detach()
+    whole[:, share[0] : share[1]] = own.detach()
     dist.all_reduce(whole)
     return whole
 
 
 def sum_gradients(model, losses, names, stop):
-    """Add up gradients and losses over the processes, in one message. Returns ({name: loss}, whether one must stop)."""
+    """
+    Add up gradients and losses over the processes, in one message. Returns {name: loss}, and whether some process was
+    asked to stop.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # nothing to count in this process's slice
@@ -364,7 +373,9 @@ def find_data(s):
     """The data folder; without one the toy shop, drawn once."""
     if s.data:
         return os.path.abspath(s.data)
-    runtime.first_then_others(lambda: toy.make(TOY) if runtime.process_index() == 0 else None)
+    if runtime.process_index() == 0:
+        toy.make(TOY)
+    runtime.barrier()
     return os.path.abspath(TOY)
 
 
@@ -441,7 +452,7 @@ def open_pools(s, train, order, skip_bad):
             raise UserError(f"{what}: this run has no stage that reads {name} alone", status=2)
     pools = {"pairs": train}
     if "pictures" in read:
-        pools["pictures"] = runtime.first_then_others(lambda: data.picture_pool(train, s.images, skip_bad, s.decode))
+        pools["pictures"] = data.picture_pool(train, s.images, skip_bad, s.decode)
     if "captions" in read:
         pools["captions"] = data.caption_pool(train, s.texts)
     return pools
@@ -624,8 +635,8 @@ def train(args, given):
         model, said = make_model(s, config, recipe, tokenizer, labels)
     if "cr" in model.recipe.weights and not all(labels.values()):
         raise UserError(f"recognition needs category and subcategory in {folder}; or leave cr out of --objectives")
-    shape = (tokenizer, labels, model.config.image_size, model.config.text_len, s.fit, args.skip_bad, s.decode)
-    splits = {name: data.open_split(folder, name, *shape) for name in ("train", "val")}
+    how = (tokenizer, labels, model.config.image_size, model.config.text_len, s.fit, args.skip_bad, s.decode)
+    splits = {name: data.open_split(folder, name, *how) for name in ("train", "val")}
     check_negatives(model, splits)
     if s.epochs:
         s = replace(s, steps=math.ceil(s.epochs * len(splits["train"]) / s.batch_size))
@@ -641,7 +652,6 @@ def train(args, given):
     order = [model.reads(step / s.steps) for step in range(s.steps)]
     pools = open_pools(s, splits["train"], order, args.skip_bad)
     check_plans(model, pools, order)
-    autocast = lambda: runtime.precision_of(model)
 
     # resume
     step, best = 0, -math.inf
@@ -651,8 +661,6 @@ def train(args, given):
         weights.load_optimizer(path, optimizer, saved["optimizer"])
         step, best, said = saved["step"], saved["best"], f"{path}, step {saved['step']}"
         model.recompute = s.recompute
-    if device.type == "cuda":
-        compile_parts(model)
     if first:
         describe(model, s, splits, tokenizer, said, device)
         write_config(out, model, s)
@@ -668,6 +676,18 @@ def train(args, given):
             hint = "what was saved before is intact"
             raise UserError(f"step {step}: {path} cannot be written ({cause}); {hint}") from None
 
+    @contextmanager
+    def saved_if_full():
+        """If the log cannot be written (a full disk), try to save the run, then name the step and the file."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            try:
+                save(out / "last.pt")
+            finally:
+                cause = getattr(error, "strerror", None) or error
+                raise UserError(f"step {step}: {log.path} cannot be written ({cause})") from None
+
     # loop
     augmentation = (s.mirror, s.shift, s.zoom)
     index, world = runtime.process_index(), runtime.world()
@@ -679,7 +699,7 @@ def train(args, given):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, s)
             freeze_all_but(model, model.trained(progress))
-            losses = step_gradients(model, batch, s.seed, s.micro_batch, progress, autocast)
+            losses = step_gradients(model, batch, s.seed, s.micro_batch, progress)
             losses, stop = sum_gradients(model, losses, model.active(progress), bool(asked))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip).item()
             numbers = {**{f"loss {name}": loss for name, loss in losses.items()}, "gradient's norm": norm}
@@ -694,14 +714,14 @@ def train(args, given):
                 total = sum(model.recipe.weights[name] * loss for name, loss in losses.items())
                 epoch = round(step * s.batch_size / len(splits["train"]), 3)
                 line = dict(epoch=epoch, loss=total, **losses, lr=learning_rate(step - 1, s), grad_norm=norm)
-                logging = lambda: log.losses(step, {**line, "memory_gb": runtime.memory_gb(device)})
-                save_if_full(logging, step, log.path, lambda: save(out / "last.pt"))
+                with saved_if_full():
+                    log.losses(step, {**line, "memory_gb": runtime.memory_gb(device)})
             if step % s.save_every == 0 or step == s.steps:
-                values = evaluation.validate(model, splits["val"], s.seed, progress, autocast=autocast)
+                values = evaluation.validate(model, splits["val"], s.seed, progress)
                 if first:
                     check_finite(step, {f"validation's {n}": v for n, v in values.items()}, [], out / "last.pt")
-                    logging = lambda: log.validation(step, values)  # before it is saved: a killed run logs it again
-                    save_if_full(logging, step, log.path, lambda: save(out / "last.pt"))
+                    with saved_if_full():  # logged before it is saved: a killed run logs it again
+                        log.validation(step, values)
                     goodness = evaluation.goodness(model, values)
                     if set(model.active(progress)) == set(model.active(1.0)) and goodness > best:
                         best = goodness
@@ -717,34 +737,16 @@ def train(args, given):
 
     runtime.barrier()
     if first:
+        log.bar.close()
         print(f"done. {out}: best.pt (chosen on the validation split), last.pt, log.jsonl, samples/")
         print(f"evaluate it: python eval.py {out}", flush=True)
     return out, s
-
-
-def save_if_full(write, step, path, save):
-    """Write; if that fails (a full disk), try to save the run first, then name the step and the file."""
-    try:
-        write()
-    except (OSError, UserError) as error:
-        try:
-            save()
-        finally:
-            cause = getattr(error, "strerror", None) or error
-            raise UserError(f"step {step}: {path} cannot be written ({cause})") from None
 
 
 def draw_samples(model, split, out, step, seed):
     """A PNG with hidden, rebuilt and original pictures, for a model that rebuilds."""
     if hasattr(model, "rebuild") and "mir" in model.recipe.weights:
         figures.draw_samples(model, split, out / "samples" / f"{step:06d}.png", seed)
-
-
-def compile_parts(model):
-    """On a GPU: one graph for each of the parts that the model names."""
-    torch._dynamo.config.recompile_limit = 64  # stages share it: widths, one or two modalities, training, validation
-    for part in getattr(model, getattr(model, "compiles", ""), ()):
-        part.compile(dynamic=True)
 
 
 def describe(model, s, splits, tokenizer, said, device):

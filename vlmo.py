@@ -47,12 +47,12 @@ from mvlt import (
     hard_negatives,
     itc_loss,
     parse_objectives,
+    recognition_loss,
     require,
     require_range,
     require_whole,
     setting,
     share_known,
-    shared_cross_entropy,
     trim,
 )
 
@@ -137,7 +137,7 @@ class Recipe:
 
     objectives: str = setting(
         "mim,textmlm,itc,itm,mlm,cr",
-        "Objectives, each with its weight in the loss where it is not the authors', as itm:2."
+        "Objectives, as name or name:weight, separated by commas: mim, textmlm, itc, itm, mlm, cr (recognition)."
     )
     image_until: float = setting(0.1, "Stage 1 (mim on pictures alone) lasts until this share of the steps.")
     text_until: float = setting(0.2, "Stage 2 (textmlm on captions alone) lasts until this share of the steps.")
@@ -675,7 +675,7 @@ class VLMo(nn.Module):
         logits = torch.zeros(same.shape)
         if vectors is not None:  # both directions by the first contrast
             image, text = vectors[:2].detach().cpu().float()
-            scale = self.log_scale.detach().cpu().float().clamp(max=math.log(100)).exp()
+            scale = min(100.0, self.log_scale.exp().item())
             logits = scale * image @ text.T
         hard = self.recipe.hard
         other = hard_negatives(logits.T, same, hard, draw("negative pictures"))
@@ -697,9 +697,9 @@ class VLMo(nn.Module):
             if text is None:
                 text = self.encode(images, plan["words"])[1]
             category, subcategory = self.recognise(text)
-            losses["cr"] = shared_cross_entropy(category, plan["category"], plan["share_category"])
-            share = plan["share_subcategory"]
-            losses["cr"] = losses["cr"] + shared_cross_entropy(subcategory, plan["subcategory"], share)
+            main = recognition_loss(category, plan["category"], plan["share_category"])
+            sub = recognition_loss(subcategory, plan["subcategory"], plan["share_subcategory"])
+            losses["cr"] = main + sub
         return losses
 
     def pixel_loss(self, images, hidden):

@@ -6,9 +6,9 @@ Ours against the usual way of computing the same MVLT: the same weights, pairs, 
     python -m extras.bench --scale 1000000    instead: what a catalogue of so many rows costs
 
 The usual way (`Usual`) is the authors' code's: captions padded to text_len, attention written out in fp32, vocabulary
-logits at every position, the decoder on every picture, an unfused optimiser, no compilation, memory as the C library
-handles it. Both ways must first give the same losses and gradients. Then each runs in a process of its own, they are
-timed in turn, so that other load on the machine slows all of them, and the medians are compared.
+logits at every position, the decoder on every picture, an unfused optimiser, memory as the C library handles it. Both
+ways must first give the same losses and gradients. Then each runs in a process of its own, they are timed in turn, so
+that other load on the machine slows all of them, and the medians are compared.
 """
 
 import argparse
@@ -180,7 +180,7 @@ def check_agreement(config, device):
     mvlt.require(max(found.values()) < TOLERANCE, "the two ways", f"must agree to {TOLERANCE}", found)
 
 
-# --- One way in a process of its own: its peak of memory, its allocator and its compiled code are its own ---
+# --- One way in a process of its own, and so with its own peak of memory and its own allocator ---
 
 
 class Runner:
@@ -194,10 +194,6 @@ class Runner:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, **self.way.optimizer)
         if way == "ours":
             runtime.keep_freed_memory(100 << 20)  # as train.py
-        if way == "ours" and self.device.type == "cuda":
-            torch._dynamo.config.recompile_limit = 64  # the stages share it
-            for stage in self.model.stages:
-                stage.compile(dynamic=True)
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)

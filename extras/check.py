@@ -59,7 +59,7 @@ def folder_report(folder):
 def most_common(count):
     """The three most frequent keys of a Counter, with their counts."""
     names = [f"{shown(name)} ({times})" for name, times in count.most_common(3)]
-    return ", ".join(names) + ", ..." * (len(count) > 3)
+    return ", ".join(names) + (", ..." if len(count) > 3 else "")
 
 
 def report_products(splits):
@@ -69,7 +69,8 @@ def report_products(splits):
     for split, rows in splits.items():
         products, (least, use) = len({row["product_id"] for row in rows}), uses[split]
         counts.append(f"{split} {products}")
-        remarks += f"; {split} has too few to {use} ({least})" * (products < least)
+        if products < least:
+            remarks += f"; {split} has too few to {use} ({least})"
         total += products
     return f"products    {total}: {', '.join(counts)}{remarks}"
 

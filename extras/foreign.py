@@ -204,7 +204,7 @@ def fit_positions(theirs, value, ours, shape):
     if ours.endswith("position_image"):
         slots = int(ours.startswith("stages.3"))  # stage 4 carries a class slot in front
         old, new = math.isqrt(max(0, len(table) - slots)), math.isqrt(shape[0])
-        rule = "must have a square number of rows" + ", and one" * slots
+        rule = "must have a square number of rows" + (", and one" if slots else "")
         must(old > 0 and len(table) == old * old + slots, theirs, rule, tuple(value.shape))
         fate = "used" if old == new else f"resized from {old} x {old} to {new} x {new}"
         return resize_grid(table[slots:], new), fate

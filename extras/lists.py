@@ -50,7 +50,12 @@ def candidates(rows, queries=1000, size=101, seed=0, shorter=False):
 def shelves_of(row):
     """Where to look for a row's rivals, nearest first; () holds every product."""
     category, subcategory = row.get("category"), row.get("subcategory")
-    return [(category, subcategory)] * bool(subcategory) + [(category,)] * bool(category) + [()]
+    shelves = [()]
+    if category:
+        shelves.insert(0, (category,))
+    if subcategory:
+        shelves.insert(0, (category, subcategory))
+    return shelves
 
 
 def draw_list(rows, texts, query, shelves, size, random):

@@ -340,7 +340,10 @@ def fraction(product_id):
 
 def side_of_items(product_id):
     """The split of a product when one file holds all splits: 80/10/10."""
-    return SPLITS[(fraction(product_id) >= 0.8) + (fraction(product_id) >= 0.9)]
+    share = fraction(product_id)
+    if share < 0.8:
+        return "train"
+    return "val" if share < 0.9 else "test"
 
 
 def side_of_train(product_id):

@@ -88,8 +88,8 @@ def gallery_table(results, way):
     rows, reranked = recall_rows(runs, way, measured)
     rows += paper_rows(results, "COCO", RECALLS["COCO", way], recall_cells_of_paper)
     if reranked:
-        run = max(runs.values(), key=lambda run: run["pairs_read"])
-        reranked += f" ITM read {run['pairs_read']} pairs in all; without towers it would read {run['pairs_in_all']}."
+        run = max(runs.values(), key=lambda run: run["scores_used"])
+        reranked += f" ITM's scores, both ways: {run['scores_used']}; without towers: {run['scores_in_all']}."
     return recall_table(f"Full gallery, {DIRECTIONS[way]}", note + reranked, rows)
 
 
@@ -346,7 +346,7 @@ def query_card(split, questions, ranking, i):
     place = plain(f"true answer at rank {int(ranking.ranks[method][i])}", "div", "label")
     query, answers = int(questions.queries[i]), []
     for column, score in zip(ranking.best[i].tolist(), scores.tolist()):
-        row, kind = int(questions.candidates[i, column]), "match" * bool(questions.right[i, column])
+        row, kind = int(questions.candidates[i, column]), "match" if questions.right[i, column] else ""
         if questions.way == "tir":
             score = plain(f"{score:.3f}", "figcaption", "score")
             answers.append(tag("figure", picture(split.pictures[row], "an answer"), score, kind=kind))

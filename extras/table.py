@@ -71,9 +71,6 @@ class Rows(Sequence):
             return [self[place] for place in range(len(self))[i]]
         return json.loads(self.lines[self.chosen[i]])
 
-    def __eq__(self, other):
-        return len(self) == len(other) and all(one == two for one, two in zip(self, other))
-
 
 class Captions(Sequence):
     """The captions of rows."""

@@ -217,6 +217,12 @@ def check_vocabulary(words, source):
         raise UserError(f"{source}: [PAD] must be on line 1 (id 0), but it is on line {line_of['[PAD]']}")
 
 
+def trim(tokens):
+    """Cut off the columns at the end of tokens (n, L) that are padding in every row. A [PAD] between words stays."""
+    used = (tokens != 0).any(dim=0).nonzero()
+    return tokens[:, : int(used.max()) + 1 if len(used) else 0]
+
+
 # --- Learning a vocabulary ---
 
 

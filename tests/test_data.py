@@ -887,11 +887,11 @@ def images_of(world=1, **options):
     shares = [list(batches(index=index, world=world, **options)) for index in range(world)]
     images = []
     for same_step in zip(*shares):
-        bounds = [batch.slice for batch in same_step]
+        bounds = [batch.share for batch in same_step]
         assert bounds[0][0] == 0 and bounds[-1][1] == 7
         assert all(end == begin for (_, end), (begin, _) in zip(bounds, bounds[1:]))
         assert all((batch.rows == data.batch_rows(batch.step, 7, 23, 3)).all() for batch in same_step)
-        images.append(torch.cat([batch.images(slice(*batch.slice)) for batch in same_step]))
+        images.append(torch.cat([batch.images(slice(*batch.share)) for batch in same_step]))
     return torch.stack(images)
 
 

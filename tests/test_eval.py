@@ -400,9 +400,9 @@ def test_full_gallery_agrees_with_every_pair_when_any_of_a_products_captions_cou
     tir = [slow_rank([row[c] for row in scores], c // 3) for c in range(n)]
     assert results["itr"]["reranked"] == evaluation.recalls(itr)
     assert results["tir"]["reranked"] == evaluation.recalls(tir)
-    assert results["pairs_read"] == results["pairs_in_all"] == 2 * 8 * n
+    assert results["scores_used"] == results["scores_in_all"] == 2 * 8 * n
     few = evaluation.full_gallery(model, split, towers, best=2)
-    assert few["pairs_read"] == 8 * 2 + n * 2 and few["itr"]["towers"] == results["itr"]["towers"]
+    assert few["scores_used"] == 8 * 2 + n * 2 and few["itr"]["towers"] == results["itr"]["towers"]
     some = evaluation.from_gallery(split, "tir", queries=5)
     assert len(set(some.queries.tolist())) == 5 and some.right.sum().item() == 5 and some.right.shape == (5, 8)
 
@@ -664,7 +664,7 @@ def test_one_command_measures_everything(store, measured):
     for part in LABELS:
         assert run["recognition"]["picture and caption"][part].keys() >= {"accuracy", "macro_f", "SumC"}
     assert run["generation"].keys() >= {"psnr", "ssim", "psnr_hidden", "floor_psnr"}
-    assert run["full_gallery"]["pairs_read"] == 2 * 9 * 20
+    assert run["full_gallery"]["scores_used"] == 2 * 9 * 20
     saved = json.loads((measured / "candidates.json").read_text())
     for seed in (0, 1):
         drawn = [entry["candidates"] for entry in saved if entry["draw"] == seed]
@@ -758,11 +758,21 @@ def test_the_report_shows_each_aligned_word_once_in_a_picture_of_its_own(store, 
 
 
 def test_lists_are_drawn_for_a_folder_without_any_run(store, tmp_path, capsys):
-    run_main("--draw-lists", store.folder, "--seed", 1, "--queries", 9, "--out", tmp_path / "lists.json")
+    run_main("--draw-lists", store.folder, "--seed", 1, "--queries", 9, "--draws", 1, "--out", tmp_path / "lists.json")
     wanted = evaluation.candidates(store.split.rows, 9, seed=1)
     found = json.loads((tmp_path / "lists.json").read_text())
     assert [{name: entry[name] for name in ("query", "candidates")} for entry in found] == wanted
     assert f"9 lists of 101 candidates: {tmp_path / 'lists.json'}" in capsys.readouterr().out
+
+
+def test_lists_are_drawn_several_times_and_a_file_is_read_as_far_as_is_asked(store, tmp_path):
+    path = tmp_path / "lists.json"
+    run_main("--draw-lists", store.folder, "--seed", 1, "--queries", 9, "--draws", 3, "--out", path)
+    args = evaluation.parse(["run", "--candidates", str(path), "--queries", "4"])
+    draws = evaluation.draw_all(args, store.split.rows)
+    for seed, draw in zip((1, 2, 3), draws, strict=True):
+        wanted = [entry["candidates"] for entry in evaluation.candidates(store.split.rows, 9, seed=seed)[:4]]
+        assert all([entry["candidates"] for entry in draw[way]] == wanted for way in WAYS)
 
 
 def test_the_command_reads_as_the_run_was_trained_and_as_it_is_asked(store, tmp_path, monkeypatch):
@@ -907,3 +917,5 @@ def test_the_papers_data_sets_are_known_by_their_files(store, tmp_path, name, pa
     (tmp_path / name).touch()
     args = evaluation.parse(["run"])
     assert evaluation.measured_on(args, store.split, tmp_path)["paper"] == paper
+    args = evaluation.parse(["run", "--split", "val"])
+    assert evaluation.measured_on(args, store.split, tmp_path)["paper"] is None  # its numbers are of the test split

@@ -3,7 +3,6 @@ The laws that all three models obey, so that train.py needs to know none of them
 slices, counts of the whole. And a short run of each: stopped and resumed, and by two processes.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -86,7 +85,7 @@ def make_model(name, changes, split):
     sizes |= dict(n_category=len(labels["category"]), n_subcategory=len(labels["subcategory"]))
     still = {"drop_path": 0.0} if hasattr(file.Config, "drop_path") else {}
     model = weights.MODELS[name](file.Config(**SHAPES[name], **sizes, **still), file.Recipe(**changes))
-    model.vocabulary, model.labels = split.tokenizer.words, labels
+    model.vocabulary, model.labels, model.bf16 = split.tokenizer.words, labels, False
     if hasattr(model, "prepare"):
         model.prepare(split)
     with torch.no_grad():
@@ -145,7 +144,7 @@ def gradients(model):
 def cut(batch, lo, hi):
     """One process's share of a whole batch."""
     pixels = None if batch.pixels is None else batch.pixels[lo:hi]
-    return dataclasses.replace(batch, slice=(lo, hi), pixels=pixels)
+    return dataclasses.replace(batch, share=(lo, hi), pixels=pixels)
 
 
 def by_processes(scene, batch, seed, slices, micro_batch):
@@ -160,7 +159,7 @@ def by_processes(scene, batch, seed, slices, micro_batch):
             patch.setattr(train, "gather", lambda own, place, G: vectors.clone())
         for lo, hi in slices:
             part = cut(batch, lo, hi)
-            shares = train.step_gradients(model, part, seed, micro_batch, scene.progress, contextlib.nullcontext)
+            shares = train.step_gradients(model, part, seed, micro_batch, scene.progress)
             for name, share in shares.items():
                 losses[name] = losses.get(name, 0) + float(share)
     return losses, gradients(model)

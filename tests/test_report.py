@@ -50,7 +50,7 @@ class Numbers:
         return {
             "about": about,
             "retrieval": {way: {method: self.recall() for method in methods} for way in WAYS},
-            "full_gallery": {**gallery, "pairs_read": 20, "pairs_in_all": 30},
+            "full_gallery": {**gallery, "scores_used": 20, "scores_in_all": 30},
             "recognition": {"picture and caption": recognition},
             "generation": {**{name: self.next() for name in names}, "style": "grid", "ratio": 0.5, "unit": 8},
             "captioning": {"bleu4": self.next() / 1000, "rouge_l": self.next() / 1000, "cider_d": self.next() / 1000},
