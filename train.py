@@ -97,7 +97,8 @@ class Settings:
         require(self.model in weights.FILES, "--model", f"must be one of {', '.join(weights.FILES)}", self.model)
         file = weights.FILES[self.model]
         require(self.size in file.PRESETS, "--size", f"must be one of {', '.join(file.PRESETS)}", self.size)
-        require(self.preset in file.RECIPES, "--preset", f"must be one of {', '.join(file.RECIPES)}", self.preset)
+        rule = f"must be one of {', '.join(file.RECIPES)} for --model {self.model}"
+        require(self.preset in file.RECIPES, "--preset", rule, self.preset)
         require(self.fit in ("stretch", "pad"), "--fit", "must be stretch or pad", self.fit)
         require(self.decode in DECODE, "--decode", f"must be one of {', '.join(DECODE)}", self.decode)
         require(self.optimizer in ("muon", "adamw"), "--optimizer", "must be muon or adamw", self.optimizer)
@@ -183,13 +184,19 @@ def add_flag(group, part, field, default, choices):
         group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **options)
     else:
         kind = whole_numbers if field.type is tuple else field.type
-        metavar = f"{{{choices}}}" if choices else field.type.__name__.upper()
+        metavar = f"{{{choices}}}" if choices else METAVARS[field.type]
         group.add_argument(flag(field.name), type=kind, metavar=metavar, **options)
+
+
+METAVARS = {str: "TEXT", int: "N", float: "X", tuple: "N,N,..."}
 
 
 def whole_numbers(text):
     """An argparse type: "64,128" -> (64, 128)."""
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers, as 64,128, got {quoted(text)}") from None
 
 
 def model_of(run):
@@ -231,8 +238,9 @@ def resolve(given, saved=None):
         G, processes = settings.batch_size, runtime.world()
         require(G >= processes, "--batch-size", f"must be at least the number of processes, {processes}", G)
         if settings.start:
-            require("size" not in given["settings"], "--from", "brings its own shape, leave out --size", settings.size)
-            require(not settings.vocab, "--from", "brings its own vocabulary, leave out --vocab", settings.vocab)
+            rule = "must be left out with --from, whose run has its own"
+            require("size" not in given["settings"], "--size", rule, settings.size)
+            require(not settings.vocab, "--vocab", rule, settings.vocab)
         config, recipe = {**config, **given["config"]}, {**recipe, **given["recipe"]}
         file.Recipe(**recipe)
         if saved:
@@ -372,7 +380,10 @@ def make_optimizer(model, s):
 def find_data(s):
     """The data folder; without one the toy shop, drawn once."""
     if s.data:
-        return os.path.abspath(s.data)
+        folder = os.path.abspath(s.data)
+        if not os.path.isdir(folder):
+            raise UserError(f"{folder}: no such folder")
+        return folder
     if runtime.process_index() == 0:
         toy.make(TOY)
     runtime.barrier()
@@ -620,10 +631,10 @@ def train(args, given):
     out, path = runtime.from_first(lambda: choose_folder(args))
     saved, model = read_last(path) if path else (None, None)
     s, config, recipe = resolve(given, saved)
+    folder = find_data(s)
     lock = open_folder(out) if first else None  # noqa: F841 (held until the run ends)
 
     # data
-    folder = find_data(s)
     table, bad = runtime.first_then_others(lambda: open_table(folder, "train"))
     if not len(table):
         readers.settle(folder, "train", table.rows, bad, args.skip_bad)

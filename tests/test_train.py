@@ -1002,8 +1002,8 @@ IMPOSSIBLE = {
     "--size huge": "--size must be one of pico, nano, tiny",
     "--fit crop": "--fit must be stretch or pad, got 'crop'",
     "--from a --init b": "--from and --init exclude each other",
-    "--from a --vocab b": "--from brings its own vocabulary, leave out --vocab",
-    "--from a --size tiny": "--from brings its own shape, leave out --size",
+    "--from a --vocab b": "--vocab must be left out with --from, whose run has its own, got 'b'",
+    "--from a --size tiny": "--size must be left out with --from, whose run has its own, got 'tiny'",
     "--image-size 40": "image_size must be a multiple of 8 patch_size = 32, got 40",
     "--dims 1,2": "dims must be four positive whole numbers, got (1, 2)",
     "--dropout 2": "dropout must lie in [0, 1), got 2.0",
@@ -1063,6 +1063,7 @@ def test_the_script_ends_with_the_status_and_one_line_that_fit(tmp_path):
         done = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == status and done.stderr.splitlines()[-1].startswith(said), done.stderr
         assert "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
 
 
 GIVEN = st.fixed_dictionaries({"model": st.sampled_from(list(weights.FILES))}, optional={
