@@ -292,6 +292,29 @@ def test_a_model_that_knows_nothing_pays_the_logarithm_of_the_choices_for_each_i
             assert count == 0, name
 
 
+@pytest.mark.parametrize("name", list(weights.FILES))
+@settings(few, max_examples=20)
+@given(G=st.integers(1, 7), seed=SEEDS)
+def test_recognition_is_the_mean_over_known_main_categories_plus_that_over_known_sub_categories(shop, name, G, seed):
+    split = open_shop(shop)["pairs"]
+    known = {"categories": "category", "subcategories": "subcategory"}
+    for field, names in known.items():  # -1: unknown
+        classes = torch.randint(-1, len(split.labels[names]), (len(split),), generator=data.generator(seed, field))
+        split = dataclasses.replace(split, **{field: classes})
+    changes = {} if name == "vlmo" else {"drop_caption": 0.0}
+    model = make_model(name, {"objectives": "cr", **changes}, split).eval()
+    rows = torch.arange(G)
+    images = split.images(rows)
+    with torch.no_grad():
+        total, _ = in_one_piece(Scene(model, split, 0.95), rows, images, draws(seed), split.images)["cr"]
+        answers = model.classify(images, data.trim(split.tokens[rows]))
+    expected = 0
+    for logits, field in zip(answers, known):
+        losses = [-one.log_softmax(0)[right].item() for one, right in zip(logits, getattr(split, field)) if right >= 0]
+        expected += sum(losses) / max(1, len(losses))
+    assert total.item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
 @every_case
 @few
 @given(batch_size=st.integers(3, 9), seed=SEEDS)
