@@ -394,11 +394,11 @@ def captioning(model, split, batch_size=256, what=None):
 
     with runtime.evaluating(model) as device:
         ids = share_out(torch.arange(len(rows)).split(batch_size), caption, width, device, what).long()
-    said = [up_to_sep(one, split.tokenizer) for one in ids.tolist()]
+    texts = [up_to_sep(one, split.tokenizer) for one in ids.tolist()]
     right = [split.rows[row]["caption"] for row in rows.tolist()]
-    results = {"bleu4": captions.bleu4(right, said), "rouge_l": captions.rouge_l(right, said),
-               "cider_d": captions.cider_d(right, said)}
-    return results, dict(zip(rows.tolist(), said))
+    results = {"bleu4": captions.bleu4(right, texts), "rouge_l": captions.rouge_l(right, texts),
+               "cider_d": captions.cider_d(right, texts)}
+    return results, dict(zip(rows.tolist(), texts))
 
 
 def up_to_sep(ids, tokenizer):
@@ -627,8 +627,8 @@ def measure(args, run, draws):
             results[task] = generation(model, split, size, what)
             html += figures.rebuilding(model, split)
         elif task == "captioning":
-            results[task], said = captioning(model, split, size, what)
-            html += report.captioning_figure(split, said)
+            results[task], texts = captioning(model, split, size, what)
+            html += report.captioning_figure(split, texts)
         elif task == "pretext":
             with runtime.evaluating(model):
                 results[task] = model.pretext(split, functools.partial(data.generator, args.seed, "pretext"))

@@ -25,7 +25,7 @@ Letters: B pairs of a slice, G pairs of the global batch, L words, H the picture
 patches K_k, 55 patches in all, p a patch's side in pixels, F width of a patch's feature, D width, N blocks, A heads,
 V vocabulary, g side of the captioner's grid of cells, S its width, M the number of words to hide in a caption.
 The authors' repository holds the transformer alone; what stands here for the rest says so on its line.
-Departures from the paper and from the authors' code are said on the line where they happen; PAPER.md lists them.
+Departures from the paper and from the authors' code are named on the line where they happen; PAPER.md lists them.
 """
 
 import itertools

@@ -406,15 +406,15 @@ def make_model(s, config, recipe, tokenizer, labels):
     file, kind = weights.FILES[s.model], weights.MODELS[s.model]
     sizes = dict(vocab_size=len(tokenizer))
     sizes |= dict(n_category=len(labels["category"]), n_subcategory=len(labels["subcategory"]))
-    base, old, said = asdict(file.Config.preset(s.size)), None, "fresh weights"
+    base, old, origin = asdict(file.Config.preset(s.size)), None, "fresh weights"
     whole, part = weights.open_init(s.model, s.init) if s.init else ({}, {})
     if s.start:
-        old, said = weights.load_run(s.start)[0], f"from {s.start}"
+        old, origin = weights.load_run(s.start)[0], f"from {s.start}"
         if old.kind != s.model:
             raise UserError(f"--from {s.start}: holds the model {old.kind}, not {s.model}")
     elif whole:
         changes = {"image_size": base["image_size"], "vocab_size": len(tokenizer), **config}
-        old, said = weights.load_whole(s.model, whole, changes), f"the authors' weights in {s.init}"
+        old, origin = weights.load_whole(s.model, whole, changes), f"the authors' weights in {s.init}"
     if old:
         base = asdict(old.config)
     with runtime.usage_errors():
@@ -423,9 +423,9 @@ def make_model(s, config, recipe, tokenizer, labels):
         transplant(old, model, heads_too=old.labels == labels)
     if part:
         weights.load_part(s.model, model, part)
-        said = f"the weights in {s.init}"
+        origin = f"the weights in {s.init}"
     model.vocabulary, model.labels, model.recompute = tokenizer.words, labels, s.recompute
-    return model, said
+    return model, origin
 
 
 @torch.no_grad()
@@ -643,7 +643,7 @@ def train(args, given):
         tokenizer = Tokenizer(saved["vocabulary"], source=str(path))
     else:
         tokenizer = weights.load_run(s.start)[1] if s.start else find_tokenizer(s, folder, table.rows)
-        model, said = make_model(s, config, recipe, tokenizer, labels)
+        model, origin = make_model(s, config, recipe, tokenizer, labels)
     if "cr" in model.recipe.weights and not all(labels.values()):
         raise UserError(f"recognition needs category and subcategory in {folder}; or leave cr out of --objectives")
     how = (tokenizer, labels, model.config.image_size, model.config.text_len, s.fit, args.skip_bad, s.decode)
@@ -670,10 +670,10 @@ def train(args, given):
     if saved:
         check_resume(path, saved, {**asdict(s), **config, **recipe, **labels, **digests})
         weights.load_optimizer(path, optimizer, saved["optimizer"])
-        step, best, said = saved["step"], saved["best"], f"{path}, step {saved['step']}"
+        step, best, origin = saved["step"], saved["best"], f"{path}, step {saved['step']}"
         model.recompute = s.recompute
     if first:
-        describe(model, s, splits, tokenizer, said, device)
+        describe(model, s, splits, tokenizer, origin, device)
         write_config(out, model, s)
         tokenizer.save(out / "vocab.txt")
         log = Log(out, step, s)
@@ -760,7 +760,7 @@ def draw_samples(model, split, out, step, seed):
         figures.draw_samples(model, split, out / "samples" / f"{step:06d}.png", seed)
 
 
-def describe(model, s, splits, tokenizer, said, device):
+def describe(model, s, splits, tokenizer, origin, device):
     """Print every setting, the data and the model."""
     for name, value in {**asdict(s), **asdict(model.recipe), **asdict(model.config)}.items():
         print(f"{name:16} {value}")
@@ -771,7 +771,7 @@ def describe(model, s, splits, tokenizer, said, device):
     )
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     work = f"{s.steps} steps of {s.batch_size} pairs on {runtime.world()} x {device.type}"
-    print(f"{s.model}: {millions:.1f} M parameters, {said}; {work}", flush=True)
+    print(f"{s.model}: {millions:.1f} M parameters, {origin}; {work}", flush=True)
 
 
 def write_config(out, model, s):

@@ -27,7 +27,7 @@ Letters: B pairs of a slice, G pairs of the global batch, L words ([CLS] first),
 patch, W patches in a row, N = 1 + W^2 image tokens (the image's class token first), T tokens of a sequence (L, N or
 L + N), D width, M blocks, A heads, F top blocks with a vision-language expert, V vocabulary, R longest text that the
 position table knows, E width of the common space of the towers. Blocks are counted from 0.
-Departures from the paper and from the authors' code are said on the line where they happen; PAPER.md lists them.
+Departures from the paper and from the authors' code are named on the line where they happen; PAPER.md lists them.
 """
 
 import functools

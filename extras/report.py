@@ -421,9 +421,9 @@ def sheets_figure(title, sheets):
     return parts
 
 
-def captioning_figure(split, said, shown=8):
-    """Pictures with their own captions and the run's. said: {row: text}."""
-    cards = [example(split, row, [plain(text, "div", "good")]) for row, text in list(said.items())[:shown]]
+def captioning_figure(split, texts, shown=8):
+    """Pictures with their own captions and the run's. texts: {row: text}."""
+    cards = [example(split, row, [plain(text, "div", "good")]) for row, text in list(texts.items())[:shown]]
     return [plain("Captioning", "h2", ""), plain("Coloured: what the run says. Grey: the picture's own caption."),
             tag("div", *cards, kind="cards")]
 

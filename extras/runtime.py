@@ -154,15 +154,15 @@ def first_then_others(work):
 
 def from_first(work):
     """The first process calls work(), every process gets what it returns. A refusal ends all of them."""
-    said = [None, None]
+    outcome = [None, None]
     if process_index() == 0:
         try:
-            said = [work(), None]
+            outcome = [work(), None]
         except UserError as error:
-            said = [None, error]
+            outcome = [None, error]
     if dist.is_initialized():
-        dist.broadcast_object_list(said)
-    result, refusal = said
+        dist.broadcast_object_list(outcome)
+    result, refusal = outcome
     if refusal:
         raise refusal
     return result
