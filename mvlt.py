@@ -222,8 +222,8 @@ PAPER = dict(  # Sec. 4.1; epochs, warm-up and final learning rate from the auth
 )
 # not in the paper: the demo's recipe, longer, with augmentation and with matching that learns from the towers
 PLUS = dict(
-    size="pico", objectives="mir,itm:3,mlm,itc,distil,cr", hard_from=0.5, batch_size=256, steps=2400, weight_decay=1.0,
-    mirror=0.5, shift=3, zoom=0.2, save_every=300,
+    size="pico", objectives="mir,itm:3,mlm,itc,distil,cr", hard_from=0.5, smoothing=0.1, batch_size=256, steps=4300,
+    weight_decay=1.0, mirror=0.5, shift=3, zoom=0.2, save_every=300,
 )
 RECOGNISE = dict(objectives="cr", optimizer="adamw", lr=5e-4)  # Sec. 3.3: fine-tune the encoder
 RECIPES = {"demo": dict(size="pico"), "paper": PAPER, "plus": PLUS, "recognise": RECOGNISE}
