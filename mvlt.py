@@ -141,8 +141,8 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # Sec. 3.2 and 4.1, how it is trained
 
-# With the weights of Eq. 8. Ours: itc, the contrast of two towers (weighing 1 it comes off badly, EXPERIMENTS.md);
-# distil, matching learns from them; cr, recognition.
+# With the weights of Eq. 8. Ours: itc, the contrast of two towers (with a weight of 1 the other losses leave it too
+# little of the gradient: EXPERIMENTS.md, "A small shop"); distil, matching learns from them; cr, recognition.
 OBJECTIVES = {"mir": 10, "itm": 1, "mlm": 1, "itc": 10, "distil": 3, "cr": 1}
 MASK_STYLES = ("random", "grid", "stroke", "center")
 MODALITIES = ("both", "image", "text")
