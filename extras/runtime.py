@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401 - before there is a process group: see `run`
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -54,7 +55,13 @@ def usage_errors():
 
 
 def run(main):
-    """Call main() as a script. An error with an outside cause ends it with one line, a bug with its traceback."""
+    """
+    Call main() as a script. An error with an outside cause ends it with one line, a bug with its traceback.
+
+    The process group has threads, which must end before Python does, or they abort it now and then. They end with the
+    last reference to the group. The functions of torch.distributed.nn would hold one, as default arguments, if PyTorch
+    (its optimizers load that module) imported them while there is a group: so this file imports them first.
+    """
     script = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show

@@ -23,10 +23,10 @@ def test_a_quoted_value_is_short_and_short_values_stand_as_they_are(value):
     assert text == repr(value) if len(repr(value)) <= 80 else text.endswith("...")
 
 
-def script(body, processes=1):
-    """Run `body` as the main function of a script, under torchrun when there are several processes."""
+def script(body, processes=1, after=""):
+    """Run `body` as the main function of a script, under torchrun when there are several processes, then `after`."""
     head = "import sys\nfrom extras import runtime\ndef main():"
-    code = f"{head}\n    {body}\nsys.argv[0] = 'tool.py'\nruntime.run(main)\n"
+    code = f"{head}\n    {body}\nsys.argv[0] = 'tool.py'\nruntime.run(main)\n{after}\n"
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -83,6 +83,16 @@ def test_processes_that_have_met_do_not_meet_again_and_their_sums_are_the_same()
     done = script(body, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2", "3.0", "True"] * 2
+
+
+def test_no_thread_of_the_process_group_is_left_when_a_script_ends():
+    body = (
+        "runtime.join_processes('cpu'); import torch; runtime.sum_over_processes(torch.ones(3)); "
+        "torch.optim.SGD([torch.nn.Parameter(torch.ones(3))])"  # loads parts of PyTorch that could hold the group
+    )
+    after = "import pathlib; print(*[f.read_text() for f in pathlib.Path('/proc/self/task').glob('*/comm')])"
+    done = script(body, processes=2, after=after)
+    assert done.returncode == 0 and "gloo" not in done.stdout, (done.stdout, done.stderr)
 
 
 def test_a_gpu_that_is_not_there_is_refused():
