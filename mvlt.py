@@ -144,6 +144,7 @@ PRESETS = {
 # With the weights of Eq. 8. Ours: itc, the contrast of two towers (with a weight of 1 the other losses leave it too
 # little of the gradient: EXPERIMENTS.md, "A small shop"); distil, matching learns from them; cr, recognition.
 OBJECTIVES = {"mir": 10, "itm": 1, "mlm": 1, "itc": 10, "distil": 3, "cr": 1}
+TAUGHT = 0.8  # share of the contrast's target that is the teachers', where there are some (train.py --teachers)
 MASK_STYLES = ("random", "grid", "stroke", "center")
 MODALITIES = ("both", "image", "text")
 
@@ -615,10 +616,10 @@ class MVLT(nn.Module):
         """Both towers' unit vectors, (2, B, embed_dim)."""
         return torch.stack([self.embed_images(images), self.embed_texts(tokens)])
 
-    def contrast(self, vectors, same):
-        """ITC over all G pairs: vectors (2, G, embed_dim), same (G, G)."""
+    def contrast(self, vectors, same, taught=None):
+        """ITC over all G pairs: vectors (2, G, embed_dim), same (G, G); taught (G, G): similarities to imitate."""
         smoothing = self.recipe.smoothing if self.training else 0.0
-        return itc_loss(vectors[0], vectors[1], self.log_scale, same, smoothing)
+        return itc_loss(vectors[0], vectors[1], self.log_scale, same, smoothing, taught)
 
     def classify(self, images, tokens):
         """Logits of main and sub-category, (B, n_category) and (B, n_subcategory)."""
@@ -915,11 +916,12 @@ def mlm_loss(logits, words):
     return cross_entropy(logits, words)
 
 
-def itc_loss(image_vectors, text_vectors, log_scale, same, smoothing=0.0):
+def itc_loss(image_vectors, text_vectors, log_scale, same, smoothing=0.0, taught=None):
     """
     Image-text contrastive loss (not in the paper): InfoNCE both ways between unit vectors (B, embed_dim).
     same (B, B) bool: True where two entries share their product or caption; off the diagonal these are no negatives.
     smoothing: the share of the target that is spread evenly over an entry's pair and its negatives.
+    taught (B, B): the scaled similarities, picture x caption, that teachers find; TAUGHT of the target is theirs.
     """
     scale = log_scale.float().clamp(max=math.log(100)).exp()
     with torch.autocast(image_vectors.device.type, enabled=False):  # fp32: in bf16 one step near 14 is 0.06
@@ -928,11 +930,17 @@ def itc_loss(image_vectors, text_vectors, log_scale, same, smoothing=0.0):
     allowed = own | ~same
     target = (1 - smoothing) * own + smoothing * allowed / allowed.sum(dim=1, keepdim=True)  # rows add up to 1
 
-    def one_way(logits):
-        chosen = logits.masked_fill(~allowed, float("-inf")).log_softmax(dim=1)
-        return -(target * chosen.masked_fill(~allowed, 0)).sum(dim=1).mean()
+    def log_shares(logits):
+        return logits.masked_fill(~allowed, float("-inf")).log_softmax(dim=1)
 
-    return (one_way(logits) + one_way(logits.T)) / 2
+    def one_way(logits, taught):
+        wanted = target
+        if taught is not None:
+            wanted = (1 - TAUGHT) * target + TAUGHT * log_shares(taught).exp()
+        return -(wanted * log_shares(logits).masked_fill(~allowed, 0)).sum(dim=1).mean()
+
+    back = None if taught is None else taught.T
+    return (one_way(logits, taught) + one_way(logits.T, back)) / 2
 
 
 def distil_loss(fused, alone):

@@ -784,25 +784,33 @@ def test_mlm_with_nothing_hidden_costs_0_with_gradient_0():
     products=st.lists(st.integers(0, 3), min_size=1, max_size=6),
     log_scale=st.floats(-1, 3),
     smoothing=st.sampled_from([0.0, 0.1, 0.7]),
+    has_teachers=st.booleans(),
 )
 def test_itc_loss_equals_a_plain_loop_in_which_the_same_product_is_never_a_negative(
-    seed, products, log_scale, smoothing
+    seed, products, log_scale, smoothing, has_teachers
 ):
+    random = gen(seed)
     images, texts = nn.functional.normalize(
-        torch.randn(2, len(products), 4, generator=gen(seed), dtype=torch.float64), dim=-1
+        torch.randn(2, len(products), 4, generator=random, dtype=torch.float64), dim=-1
     )
+    taught = 5 * torch.randn(len(products), len(products), generator=random) if has_teachers else None
     same = torch.tensor(products)[:, None] == torch.tensor(products)
     costs = []
-    for one, other in ((images, texts), (texts, images)):
+    for way, (one, other) in enumerate(((images, texts), (texts, images))):
         for i, product in enumerate(products):
             rivals = [i] + [j for j, rival in enumerate(products) if rival != product]
             logits = [(math.exp(log_scale) * one[i] @ other[j]).item() for j in rivals]
-            spread = sum(cross_entropy(logits, j) for j in range(len(rivals))) / len(rivals)
-            costs.append((1 - smoothing) * cross_entropy(logits, 0) + smoothing * spread)
-    scale = torch.tensor(log_scale)
-    loss = mvlt.itc_loss(images, texts, scale, same, smoothing).item()
+            each = [cross_entropy(logits, j) for j in range(len(rivals))]
+            cost = (1 - smoothing) * each[0] + smoothing * sum(each) / len(rivals)
+            if has_teachers:
+                theirs = [math.exp(taught[(i, j) if way == 0 else (j, i)]) for j in rivals]
+                imitation = sum(share * one_cost for share, one_cost in zip(theirs, each)) / sum(theirs)
+                cost = 0.2 * cost + 0.8 * imitation
+            costs.append(cost)
+    scale, back = torch.tensor(log_scale), taught.T if has_teachers else None
+    loss = mvlt.itc_loss(images, texts, scale, same, smoothing, taught).item()
     assert loss == pytest.approx(sum(costs) / len(costs), rel=1e-5, abs=1e-5)
-    assert mvlt.itc_loss(texts, images, scale, same, smoothing).item() == pytest.approx(loss, rel=1e-5, abs=1e-5)
+    assert mvlt.itc_loss(texts, images, scale, same, smoothing, back).item() == pytest.approx(loss, rel=1e-5, abs=1e-5)
 
 
 def test_the_contrast_is_smoothed_in_training_and_not_in_validation():

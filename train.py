@@ -37,6 +37,7 @@ from extras.muon import Muon
 from extras.pictures import DECODE
 from extras.runtime import UserError, quoted
 from extras.table import Captions, open_table
+from extras.teachers import Teachers
 from extras.tokenizer import Tokenizer
 from mvlt import require, require_range, require_whole, setting
 
@@ -65,6 +66,7 @@ class Settings:
         "", "Other people's weights to start from, a file or several (a,b): PVT, BERT, ResNet-50, BEiT, the authors'."
     )
     start: str = setting("", "Fine-tuning: a run whose weights to start from.")
+    teachers: str = setting("", "Runs whose towers the towers of this one imitate, separated by commas (itc).")
     steps: int = setting(300, "Number of steps.")
     epochs: float = setting(0.0, "Number of passes over the training split, instead of --steps.")
     batch_size: int = setting(128, "Global batch size G, over all processes.")
@@ -254,7 +256,7 @@ def resolve(given, saved=None):
 # One step
 
 
-def step_gradients(model, batch, seed, micro_batch, progress):
+def step_gradients(model, batch, seed, micro_batch, progress, teachers=None):
     """
     This process's share of one batch's losses and gradients; summed over the processes they are those of all G pairs
     read at once. The contrastive loss over all pairs is differentiated in two steps, loss -> vectors -> weights
@@ -278,7 +280,8 @@ def step_gradients(model, batch, seed, micro_batch, progress):
         with torch.set_grad_enabled(one_part):
             own = [embed(part) for part in parts]
         vectors = gather(torch.cat(own, dim=1), batch.share, len(rows)).requires_grad_()  # (n, G, E), in every process
-        loss = model.contrast(vectors, split.same(rows).to(device)) / runtime.world()
+        taught = teachers(rows).to(device) if teachers else None
+        loss = model.contrast(vectors, split.same(rows).to(device), taught) / runtime.world()
         (weight["itc"] * loss).backward()
         losses["itc"] = loss.detach()
         for i, part in enumerate(parts):
@@ -469,6 +472,13 @@ def open_pools(s, train, order, skip_bad):
     return pools
 
 
+def open_teachers(s, model, split, device, skip_bad):
+    """The runs of --teachers, which have read the training split."""
+    if "itc" not in model.recipe.weights:
+        raise UserError("--teachers: the towers imitate, so itc must be among the --objectives", status=2)
+    return Teachers(s.teachers.split(","), s.data, split, device, skip_bad)
+
+
 def check_plans(model, pools, order):
     """Fail at start-up, not mid-run, if a stage of the run cannot be planned, as with a mask unit that does not fit."""
     checked = set()
@@ -657,6 +667,7 @@ def train(args, given):
     if hasattr(model, "prepare") and not saved:
         with runtime.usage_errors():
             model.prepare(splits["train"])
+    teachers = open_teachers(s, model, splits["train"], device, args.skip_bad) if s.teachers else None
     model.to(device)
     model.bf16 = s.bf16
     optimizer = make_optimizer(model, s)
@@ -667,6 +678,8 @@ def train(args, given):
     # resume
     step, best = 0, -math.inf
     digests = runtime.from_first(lambda: {f"{name} split": fingerprint(folder, one) for name, one in splits.items()})
+    if teachers:
+        digests["weights of the teachers"] = teachers.digest
     if saved:
         check_resume(path, saved, {**asdict(s), **config, **recipe, **labels, **digests})
         weights.load_optimizer(path, optimizer, saved["optimizer"])
@@ -710,7 +723,7 @@ def train(args, given):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, s)
             freeze_all_but(model, model.trained(progress))
-            losses = step_gradients(model, batch, s.seed, s.micro_batch, progress)
+            losses = step_gradients(model, batch, s.seed, s.micro_batch, progress, teachers)
             losses, stop = sum_gradients(model, losses, model.active(progress), bool(asked))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip).item()
             numbers = {**{f"loss {name}": loss for name, loss in losses.items()}, "gradient's norm": norm}

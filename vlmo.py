@@ -563,12 +563,15 @@ class VLMo(nn.Module):
         """Unit vectors (B, E) for retrieval: the second row of `embed`."""
         return project(self.text_tower, self.encode(None, tokens)[1][0])
 
-    def contrast(self, vectors, same):
-        """ITC over all G pairs: vectors (2 or 4, G, E), same (G, G) -> the mean of the one or two contrasts."""
-        loss = itc_loss(vectors[0], vectors[1], self.log_scale, same)
+    def contrast(self, vectors, same, taught=None):
+        """
+        ITC over all G pairs: vectors (2 or 4, G, E), same (G, G) -> the mean of the one or two contrasts.
+        taught (G, G): similarities to imitate.
+        """
+        loss = itc_loss(vectors[0], vectors[1], self.log_scale, same, taught=taught)
         if len(vectors) == 2:
             return loss
-        return (loss + itc_loss(vectors[2], vectors[3], self.log_scale_vl, same)) / 2
+        return (loss + itc_loss(vectors[2], vectors[3], self.log_scale_vl, same, taught=taught)) / 2
 
     # --- What the scripts ask of a model ---
 

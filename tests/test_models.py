@@ -115,7 +115,12 @@ def draws(*key):
     return functools.partial(data.generator, *key)
 
 
-def in_one_piece(scene, rows, images, draw, images_at):
+def teach(rows):
+    """Teachers that find similarities between -5 and 5."""
+    return 5 * torch.cos(rows[:, None] * 7.0 + rows * 3.0)
+
+
+def in_one_piece(scene, rows, images, draw, images_at, teachers=None):
     """
     The reference: all pairs read at once, and no gradients by hand. Returns {objective: (sum, count)}, the sums with
     their graph. images_at(places) are the pictures of some places of the batch.
@@ -124,7 +129,8 @@ def in_one_piece(scene, rows, images, draw, images_at):
     if "itc" in model.active(scene.progress):
         tokens = data.trim(split.tokens[rows])
         vectors = model.embed(images, tokens)
-        found["itc"] = model.contrast(vectors, split.same(rows)) * len(rows), len(rows)
+        taught = teachers(rows) if teachers else None
+        found["itc"] = model.contrast(vectors, split.same(rows), taught) * len(rows), len(rows)
         vectors = vectors.detach()
     plan, count = model.plan(split, rows, draw, vectors, scene.progress)
     if "other" in plan:
@@ -147,7 +153,7 @@ def cut(batch, lo, hi):
     return dataclasses.replace(batch, share=(lo, hi), pixels=pixels)
 
 
-def by_processes(scene, batch, seed, slices, micro_batch):
+def by_processes(scene, batch, seed, slices, micro_batch, teachers=None):
     """The losses and gradients of train.step_gradients, summed over simulated processes."""
     model, vectors, losses = scene.model, None, {}
     if "itc" in model.active(scene.progress):
@@ -159,7 +165,7 @@ def by_processes(scene, batch, seed, slices, micro_batch):
             patch.setattr(train, "gather", lambda own, place, G: vectors.clone())
         for lo, hi in slices:
             part = cut(batch, lo, hi)
-            shares = train.step_gradients(model, part, seed, micro_batch, scene.progress)
+            shares = train.step_gradients(model, part, seed, micro_batch, scene.progress, teachers)
             for name, share in shares.items():
                 losses[name] = losses.get(name, 0) + float(share)
     return losses, gradients(model)
@@ -175,20 +181,23 @@ def partitions(draw):
 
 @every_case
 @few
-@given(partition=partitions(), seed=SEEDS, step=st.integers(0, 20))
-def test_any_partition_of_a_batch_gives_the_losses_and_gradients_of_the_whole(exact_scene, partition, seed, step):
+@given(partition=partitions(), seed=SEEDS, step=st.integers(0, 20), teachers=st.sampled_from([None, teach]))
+def test_any_partition_of_a_batch_gives_the_losses_and_gradients_of_the_whole(
+    exact_scene, partition, seed, step, teachers
+):
     G, slices, micro_batch = partition
     scene = exact_scene
     model, batch = scene.model, scene.batch(G, step, seed)
     train.freeze_all_but(model, model.trained(scene.progress))
-    found = in_one_piece(scene, batch.rows, batch.images(slice(0, G)), draws(seed, step), batch.images_at)
+    pixels = batch.images(slice(0, G))
+    found = in_one_piece(scene, batch.rows, pixels, draws(seed, step), batch.images_at, teachers)
     means = {name: total / max(1, count) for name, (total, count) in found.items()}
     total = sum(scene.weight[name] * mean for name, mean in means.items())
     if total.requires_grad:  # where a batch holds nothing to count there is no gradient
         total.backward()
     right = gradients(model)
 
-    losses, ours = by_processes(scene, batch, seed, slices, micro_batch)
+    losses, ours = by_processes(scene, batch, seed, slices, micro_batch, teachers)
     for name, mean in means.items():
         assert losses.get(name, 0) == pytest.approx(mean.item(), rel=1e-5, abs=1e-7), name
     for name in ours.keys() | right.keys():

@@ -37,6 +37,7 @@ import mvlt
 import train
 from extras import foreign, runtime, weights
 from extras.runtime import UserError
+from extras.teachers import Teachers
 
 laws = settings(deadline=None, max_examples=25)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -1127,6 +1128,63 @@ def test_flags_become_values_of_their_types():
         "config": {"sr_ratios": (8, 4, 2, 1), "attend_padding": True},
         "recipe": {"mask_ratio": 0.2},
     }
+
+
+# --- Teachers ---
+
+
+@pytest.fixture(scope="module")
+def taught(unbroken, plain, shop, tmp_path_factory):
+    """A run with two teachers."""
+    out = tmp_path_factory.mktemp("runs") / "taught"
+    return in_process(out, *TINY, *RUN, "--data", shop, "--teachers", f"{unbroken},{plain}")
+
+
+def test_teachers_find_the_mean_of_the_similarities_of_their_towers(unbroken, plain, shop):
+    splits, wanted, rows = [], 0, torch.tensor([5, 0, 9, 3])
+    for path in (unbroken, plain):
+        model, tokenizer, _ = weights.load_run(path)
+        splits.append(data.open_split(shop, "train", tokenizer, model.labels, 32, 16))
+        with torch.no_grad(), runtime.precision_of(model):
+            images, texts = model.embed(splits[-1].images(rows), splits[-1].tokens[rows]).float()
+        wanted = wanted + model.log_scale.exp() * images @ texts.T / 2
+    teachers = Teachers([unbroken, plain], shop, splits[0])
+    torch.testing.assert_close(teachers(rows).float(), wanted.detach(), atol=0.1, rtol=0.02)  # bf16
+    assert Teachers([plain, unbroken], shop, splits[0]).digest != teachers.digest
+
+
+def test_a_run_learns_from_its_teachers_and_a_stopped_one_goes_on_bit_by_bit(taught, unbroken, plain, shop, tmp_path):
+    assert any(not torch.equal(value, weights_of(unbroken)[name]) for name, value in weights_of(taught).items())
+    run = tmp_path / "stopped"
+    stop_in_step(4, run, *TINY, *RUN, "--data", shop, "--teachers", f"{unbroken},{plain}")
+    assert_bitwise(in_process(run, *RESUME), taught)
+
+
+def test_two_processes_learn_from_teachers_what_one_learns(plain, shop, tmp_path):
+    base = [*TINY, *RUN, *EXACT, "--data", shop, "--teachers", plain]
+    assert_close(processes(2, tmp_path / "two", *base), in_process(tmp_path / "one", *base))
+
+
+def test_teachers_that_cannot_teach_are_refused(unbroken, shop, tmp_path):
+    base, other = [*TINY, *RUN, "--data", shop], make_shop(tmp_path / "other", products=30)
+    blind = in_process(tmp_path / "blind", *base, "--objectives", "mlm", "--hard-from", 1)
+    with pytest.raises(UserError, match=f"--teachers: {blind} was not trained for itc, so it has no towers"):
+        in_process(tmp_path / "run", *base, "--teachers", blind)
+    with pytest.raises(UserError, match="nowhere: no run here"):
+        in_process(tmp_path / "run", *base, "--teachers", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="--teachers: .* itc must be among the --objectives"):
+        in_process(tmp_path / "run", *base, "--objectives", "mlm", "--hard-from", 1, "--teachers", unbroken)
+    in_process(tmp_path / "elsewhere", *base, "--data", other, "--teachers", unbroken)  # another shop's run may teach
+
+
+def test_a_stopped_run_goes_on_with_the_same_teachers_only(unbroken, plain, shop, tmp_path):
+    teacher = shutil.copytree(unbroken, tmp_path / "teacher")
+    run = stop_in_step(0, tmp_path / "run", *TINY, *RUN, "--data", shop, "--teachers", teacher)
+    said = message(in_process, run, *RESUME, "--teachers", plain)
+    rule = r"weights of the teachers \(was \d+, now \d+\); start"
+    assert re.match(rf".* is another run: teachers \(was .*\), {rule}", said)
+    shutil.copy(plain / "best.pt", teacher / "best.pt")
+    assert re.match(f".* is another run: {rule}", message(in_process, run, *RESUME))
 
 
 # --- Settings do what they say ---

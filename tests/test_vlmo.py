@@ -779,6 +779,12 @@ def test_the_contrast_is_the_mean_of_the_cross_entropies_of_both_ways_and_both_e
     swapped = vectors[[1, 0, 3, 2][:n]]
     assert model.contrast(swapped, same).item() == pytest.approx(found, abs=1e-5)
 
+    taught = torch.randn(G, G, generator=gen(seed))
+    both = []
+    for first, scale in zip(range(0, n, 2), (model.log_scale, model.log_scale_vl)):
+        both.append(vlmo.itc_loss(vectors[first], vectors[first + 1], scale, same, taught=taught).item())
+    assert model.contrast(vectors, same, taught).item() == pytest.approx(sum(both) / len(both), abs=1e-5)
+
 
 @some
 @given(splits(), SEEDS, st.floats(0, 1))
