@@ -16,9 +16,9 @@ from extras.runtime import UserError
 
 class Teachers:
     """
-    The towers of the runs at `paths`, which read all of `split`, the training split of `folder`, as it lies there:
-    without augmentation, once. Calling it with G rows gives (G, G), picture x caption: the runs' mean scaled
-    similarities. `digest` changes with the runs.
+    The towers of the runs at `paths`, which read `split`, the training split of `folder`, once and without
+    augmentation. Called with G rows, it gives (G, G), picture x caption: the mean of the runs' scaled similarities.
+    `digest` changes with the runs.
     """
 
     def __init__(self, paths, folder, split, device="cpu", skip_bad=False):
