@@ -18,10 +18,11 @@ V3, V4 -> picture tower --- ITC (not in the paper) ---           |              
                                                                  '-- mean of T4       -> caption tower
 
 Letters: B pairs of a slice, G pairs of the global batch, L words, H and W the picture's sides, P patch side,
-N = HW/P^2 patches, k the stage 1..4, D_k its width, M_k its depth, R PVT's spatial reduction of keys and values
-(Table 1's R_k, 4 to 32, is another number: the picture's side over the map's), alpha P the side of a masking unit,
-Q the number of units, r_v and r_l the shares of pixels and words that are hidden. The code counts stages from 0.
-Departures from the paper and from the authors' code are said on the line where they happen; PAPER.md lists them.
+k the stage 1..4, D_k its width, M_k its depth, N its patches (HW/P^2 in stage 1, then a quarter of the number before),
+R PVT's spatial reduction of keys and values (Table 1's R_k, 4 to 32, is another number: the picture's side over the
+map's), alpha P the side of a masking unit, Q the number of units, r_v and r_l the shares of pixels and words that are
+hidden. The code counts stages from 0.
+Departures from the paper and from the authors' code are named on the line where they happen; PAPER.md lists them.
 """
 
 import math
@@ -123,7 +124,7 @@ class Config:
 
 
 PRESETS = {
-    # pico and nano are ours, for a laptop: PVT's reductions halved, which at 64 px leaves 16 patches as keys
+    # pico and nano are ours, for a laptop: PVT's reductions halved, at 64 px 16 patches are keys (stage 4: 4)
     "pico": dict(
         dims=(32, 64, 96, 128), heads=(1, 2, 3, 4), mlp_ratios=(4, 4, 4, 4), sr_ratios=(4, 2, 1, 1), token_dim=128,
         image_size=64, text_len=48, embed_dim=128,
@@ -141,8 +142,8 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # Sec. 3.2 and 4.1, how it is trained
 
-# With the weights of Eq. 8. Ours: itc, the contrast of two towers (with a weight of 1 the other losses leave it too
-# little of the gradient: EXPERIMENTS.md, "A small shop"); distil, matching learns from them; cr, recognition.
+# The objectives and their weights. Eq. 8: mir, itm, mlm. Ours: itc, the contrast of two towers (a weight of 1 leaves it
+# too little of the gradient: EXPERIMENTS.md, "A small shop"); distil, matching learns from the towers; cr, recognition.
 OBJECTIVES = {"mir": 10, "itm": 1, "mlm": 1, "itc": 10, "distil": 3, "cr": 1}
 TAUGHT = 0.8  # share of the contrast's target that is the teachers', where there are some (train.py --teachers)
 MASK_STYLES = ("random", "grid", "stroke", "center")
@@ -284,7 +285,10 @@ class Attention(nn.Module):
         return self.norm(self.sr(grid).flatten(2).transpose(1, 2))
 
     def forward(self, z, words, side, seen):
-        """z (B, words + side^2, D); seen (B, 1, 1, keys) bool, True = may be attended to, or None when all may."""
+        """
+        z (B, L + N, D): L = `words` words, then N = side^2 patches. seen (B, 1, 1, keys) bool: the keys that may be
+        attended to, None: all.
+        """
         keys = z
         if self.sr is not None and side:
             keys = torch.cat([z[:, :words], self.reduce(z[:, words:], side)], dim=1)  # (B, L + N/R^2, D)
@@ -367,7 +371,10 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, image, text, seen, recompute=False):
-        """image (B, D_{k-1}, H, W) and text (B, L, D_{k-1}), either may be None; seen (B, L) bool or None."""
+        """
+        V_{k-1} (in stage 1 the picture) and T_{k-1}, (B, L, D_{k-1}); either may be None. seen (B, L) bool: the words
+        that are not padding, None: all.
+        """
         z, words, side = [], 0, 0
         if text is not None:
             words = text.shape[1]
@@ -456,7 +463,7 @@ class WordHead(nn.Module):
 
     def forward(self, t, word_weight):
         t = self.dense_norm(F.gelu(self.dense(self.norm(self.embed(t)))))
-        logits = word_weight @ t.mT  # (vocabulary, n); so its gradient and that of the word input share one buffer
+        logits = word_weight @ t.mT  # (vocabulary, n); in this order its gradient is added to the word input's in place
         return logits.mT + self.bias
 
 
@@ -476,6 +483,8 @@ class Tower(nn.Module):
 # The whole
 
 SIMILARITY = 5.0  # what a similarity of 1 between the towers' vectors adds to the logit of a match
+READS_PICTURES = (".embed_image", ".norm_image", ".position_image", ".attn.sr", ".attn.norm")  # parts of the names of
+# parameters that only pictures reach: recognition of captions alone freezes them
 
 
 class MVLT(nn.Module):
@@ -595,7 +604,8 @@ class MVLT(nn.Module):
     def match_pair(self, visual, text, tokens):
         """
         ITM of pairs that were read together, (B, 2) logits. With the objective itc the towers also turn the fused maps
-        and words into vectors, whose similarity is added to the logit of a match: matching begins from the towers.
+        and words into vectors; SIMILARITY times their similarity is added to the logit of a match: matching begins from
+        the towers.
         """
         logits = self.match(text)
         if "itc" in self.recipe.weights:
@@ -631,7 +641,7 @@ class MVLT(nn.Module):
     def rebuild(self, images, tokens):
         """The pictures (B, 3, H, W) in [0, 1] from what is left of them and their captions."""
         visual, _ = self.encode(images, tokens)
-        return self.reconstruct(visual).float()
+        return self.reconstruct(visual)
 
     # --- One training step (Sec. 3.2) ---
 
@@ -677,7 +687,7 @@ class MVLT(nn.Module):
             matched = torch.randperm(G, generator=draw("match")) % 2 == 0  # half of the pairs get a wrong caption
         if r.unmasked_itm:
             matched = matched | masked  # a masked pair is for rebuilding, not for matching
-        hard = vectors is not None and progress >= r.hard_from
+        hard = vectors is not None and r.hard_from < 1 and progress >= r.hard_from
         if hard:
             vectors = vectors.cpu().float()
             place = self.choose_captions(vectors, split.same(rows), matched, draw)
@@ -704,8 +714,8 @@ class MVLT(nn.Module):
 
         rebuild = matched & masked  # MIR: true pairs with hidden pixels
         predict = where & (matched & words_masked)[:, None]  # MLM: hidden words of true pairs
-        judge = ~no_caption & ~(masked & r.unmasked_itm)  # ITM: pairs as they come at test time
-        name = matched & ~masked  # recognition: true pairs with nothing hidden
+        judge = ~no_caption & ~(masked & r.unmasked_itm)  # ITM: with unmasked_itm, pairs as they come at test time
+        name = matched & ~masked  # recognition: true pairs whose picture is whole
         category, share_category = share_known(split.categories[rows], name)
         subcategory, share_subcategory = share_known(split.subcategories[rows], name)
         plan = dict(
@@ -753,9 +763,6 @@ class MVLT(nn.Module):
             sub = recognition_loss(subcategory, plan["subcategory"], plan["share_subcategory"])  # S-CR
             losses["cr"] = main + sub
         return losses
-
-
-READS_PICTURES = (".embed_image", ".norm_image", ".position_image", ".attn.sr", ".attn.norm")  # parts of names
 
 
 def hard_negatives(logits, same, hard, generator):
@@ -925,7 +932,7 @@ def itc_loss(image_vectors, text_vectors, log_scale, same, smoothing=0.0, taught
     taught (B, B): the scaled similarities, picture x caption, that teachers find; TAUGHT of the target is theirs.
     """
     scale = log_scale.float().clamp(max=math.log(100)).exp()
-    with torch.autocast(image_vectors.device.type, enabled=False):  # fp32: in bf16 one step near 14 is 0.06
+    with torch.autocast(image_vectors.device.type, enabled=False):  # fp32: near 14, bf16 has steps of 0.06
         logits = scale * image_vectors.float() @ text_vectors.float().T
     own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     allowed = own | ~same

@@ -1124,6 +1124,13 @@ def test_the_towers_choose_the_wrong_captions_that_they_find_likely():
     assert torch.equal(plan["words"][:, 1], torch.where(plan["matched"], torch.arange(4), likely) + 5)
 
 
+def test_with_hard_from_1_the_towers_never_choose():
+    recipe = mvlt.Recipe(objectives="itm,itc", hard_from=1.0)
+    plans = [stepper(recipe).plan(shop(), torch.arange(8), drawer(0), vectors, 1.0)[0]
+             for vectors in (None, tower_vectors(recipe, 8, 0))]
+    assert torch.equal(plans[0]["words"], plans[1]["words"])
+
+
 def test_a_batch_without_a_wrong_caption_is_matched():
     recipe = mvlt.Recipe(objectives="itm,itc", hard_from=0.0, mask_pictures=0.0)
     plan, _ = stepper(recipe).plan(shop(), torch.tensor([3, 3]), drawer(0), tower_vectors(recipe, 2, 0), 0.5)

@@ -151,7 +151,8 @@ class Recipe:
         chosen = self.weights
         require_range(self, ("image_until", "text_until", "itm_from", "mask_ratio", "mask_words", "hard"), 0, 1)
         rule = f"must not be below image_until = {self.image_until}"
-        require(self.text_until >= self.image_until or "textmlm" not in chosen, "text_until", rule, self.text_until)
+        good = self.text_until >= self.image_until or not {"mim", "textmlm"} <= set(chosen)
+        require(good, "text_until", rule, self.text_until)
         require(type(self.second_contrast) is bool, "second_contrast", "must be True or False", self.second_contrast)
         good = "itc" in chosen or "itm" not in chosen or self.hard == 0
         require(good, "hard", "must be 0 for itm without itc: the towers choose the hard negatives", self.hard)
@@ -173,7 +174,7 @@ RECIPES = {
     ),
     # the paper's three runs, each started with --from the one before
     "image": PAIRS | dict(objectives="mim", epochs=150.0, lr=1e-3, warmup=0.01),
-    "text": PAIRS | dict(objectives="textmlm"),  # the authors read texts of 196 pieces: --text-len 196
+    "text": PAIRS | dict(objectives="textmlm"),  # the authors: --text-len 196 here, and --text-len 40 again for "paper"
     "paper": PAIRS,
     # fine-tuning: retrieval by the first contrast alone; categories from the fused [CLS]
     "retrieve": PAIRS | dict(
@@ -513,15 +514,15 @@ class VLMo(nn.Module):
         pooled = self.pool(text)
         return self.category_head(pooled), self.subcategory_head(pooled)
 
-    def encode_visible(self, images, hidden):
-        """The states (B, W^2, D) of all patches of images (B, 3, H, H) in which the patches hidden (B, 1, W, W) are."""
+    def encode_masked(self, images, hidden):
+        """The states (B, W^2, D) of all patches of images (B, 3, H, H), of which hidden (B, 1, W, W) are masked."""
         z = self.run(range(self.config.depth), self.image_input(images, hidden), None, joint=False)
         return self.norm(z)[:, 1:]
 
     def restore(self, images, hidden):
         """MIM: images (B, 3, H, H) with the patches hidden (B, 1, W, W) predicted, the others as they are."""
         P = self.config.patch_size
-        pixels = self.pixel_head(self.encode_visible(images, hidden)).float()  # (B, W^2, 3 P^2) in [-1, 1]
+        pixels = self.pixel_head(self.encode_masked(images, hidden)).float()  # (B, W^2, 3 P^2) in [-1, 1]
         pixels = (pixels + 1) / 2
         predicted = F.fold(pixels.transpose(1, 2), images.shape[2:], kernel_size=P, stride=P)
         shown = ~hidden.repeat_interleave(P, dim=2).repeat_interleave(P, dim=3)
@@ -712,7 +713,7 @@ class VLMo(nn.Module):
         """
         P, chosen = self.config.patch_size, hidden.flatten(1)  # (B, W^2)
         pixels = F.unfold(2 * images.float() - 1, kernel_size=P, stride=P).transpose(1, 2)  # (B, W^2, 3 P^2)
-        predicted = self.pixel_head(self.encode_visible(images, hidden)[chosen])
+        predicted = self.pixel_head(self.encode_masked(images, hidden)[chosen])
         return (predicted.float() - pixels[chosen]).abs().sum()
 
     def word_loss(self, images, tokens, where, words):

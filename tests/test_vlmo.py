@@ -978,6 +978,8 @@ def test_stages_follow_the_shares_and_the_last_one_never_ends():
     assert stages(objectives="mim", **shares) == ["mim"] * 11
     assert stages(objectives="mim,textmlm", **shares) == ["mim"] * 2 + ["textmlm"] * 9
     assert stages(objectives="itm,mlm", hard=0.0, **shares) == ["itm mlm"] * 11
+    early = dict(image_until=0.5, text_until=0.2, itm_from=0.0)  # without stage 1 its share means nothing
+    assert stages(objectives="textmlm,itc", **early) == ["textmlm"] * 2 + ["itc"] * 9
 
 
 @pytest.mark.parametrize("preset", vlmo.RECIPES)
