@@ -179,7 +179,8 @@ def caption_pool(split, texts_file=""):
 def unpaired_row(where, **fields):
     """A row of nothing but a picture or a caption: a product of its own."""
     empty = {"image": "", "caption": "", "category": "", "subcategory": ""}
-    return empty | {"product_id": where, "where": where} | fields
+    product, = fields.values()
+    return empty | {"product_id": product, "where": where} | fields
 
 
 # --- The rows of a batch ---

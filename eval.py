@@ -54,7 +54,7 @@ TASKS = {  # task -> (objectives, any of which trains a run for it; the method t
     "generation": (("mir",), "rebuild"),
     "captioning": (("caption",), "caption"),
     "pretext": (("rr", "jps", "cp", "g2cm", "b2cm"), "pretext"),
-    "full_gallery": (("itc",), "embed_images"),
+    "full_gallery": (("itc", "itm"), "score"),
 }
 FIELDS = ("category", "subcategory")  # M-CR and S-CR
 READS = {"both": "picture and caption", "image": "the picture alone", "text": "the caption alone"}
@@ -299,7 +299,8 @@ def full_gallery(model, split, towers, queries=None, best=20, seed=0, batch_size
         results[questions.way] = {method: recalls(ranked) for method, ranked in ranking.ranks.items()}
         size, gallery = questions.right.shape
         results["scores_in_all"] += size * gallery
-        results["scores_used"] += size * min(best, gallery) if "reranked" in ranking.ranks else 0
+        if "itm" in model.recipe.weights:
+            results["scores_used"] += size * (min(best, gallery) if towers else gallery)
     return results
 
 
@@ -496,7 +497,8 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag, count = parser.add_argument, runtime.at_least(1)
     flag("runs", metavar="RUN", nargs="*", help="a run's folder, or one checkpoint file; several stand side by side")
-    flag("--draw-lists", metavar="DIR", help="only write the candidate lists of this data folder, to the file --out")
+    flag("--draw-lists", metavar="DIR",
+         help="only write the candidate lists of this data folder, to the file --out (default: candidates-SEED.json)")
     flag("--data", metavar="DIR", help="the data (default: the runs' own)")
     flag("--split", choices=("test", "val"), default="test", help="the rows to measure on (default: test)")
     flag("--tasks", metavar="A,B", help=f"of {', '.join(TASKS)} (default: what each run was trained for)")
@@ -504,13 +506,14 @@ def parse(arguments=None):
     flag("--draws", type=count, default=5, metavar="N",
          help="how often the lists are drawn, with seeds seed, seed + 1, ... (default: 5)")
     flag("--candidates", metavar="FILE", help="lists to read: a candidates.json, or the authors' folder of pickles")
-    flag("--full-gallery", action="store_true", help="rank the whole split instead of candidate lists")
+    flag("--full-gallery", action="store_true",
+         help="rank the whole split instead of candidate lists (a run without towers then reads every pair)")
     flag("--best", type=count, default=20, metavar="K",
          help="how many of the towers' best are ordered again by towers and ITM together (default: 20)")
-    flag("--seed", type=int, default=0, help="the first draw's seed (default: 0)")
+    flag("--seed", type=runtime.at_least(0), default=0, metavar="N", help="the first draw's seed (default: 0)")
     flag("--batch-size", type=count, default=256, metavar="N", help="pairs read at once (default: 256)")
     flag("--skip-bad", action="store_true", help="leave out rows that cannot be read, and say which")
-    flag("--out", metavar="DIR", help="where to write (default: the first run's folder)")
+    flag("--out", metavar="DIR|FILE", help="where to write (default: the first run's folder)")
     runtime.add_device_flag(parser)
     args = parser.parse_args(arguments)
     args.tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks else []

@@ -131,12 +131,6 @@ def open_many(run, folder, names):
     return torch.from_numpy(np.array(good, np.uint8).reshape(-1, size, size, 3)), bad
 
 
-def files_below(folder):
-    """Every file below a folder, relative to it, sorted. Hidden ones (.name) and linked folders are left out."""
-    found = [path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()]
-    return sorted(str(path) for path in found if not any(part.startswith(".") for part in path.parts))
-
-
 def words(run, texts, warn=True):
     """Texts as tokens (n, L) int64. A text without a known word is an error; a long one is cut, with a warning."""
     tokenizer, longest = run.tokenizer, run.model.config.text_len
@@ -321,7 +315,7 @@ def find_rows(folder):
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder")
     if not any(any(Path(folder).glob(name)) for _, name, _ in readers.SOURCES):
-        return [[name, "", ""] for name in files_below(folder)], []
+        return [[name, "", ""] for name in pictures.files_below(folder)], []
     rows, bad = {}, {}  # the same bad row may come with several splits
     for split in readers.splits_of(folder):
         lines = []
@@ -381,9 +375,11 @@ def search(run, query, index, best=20, show=10):
     The pictures of an index (from `open_index`) nearest to a text by the towers, the `best` of them put in order by
     towers and matching head together; or those nearest to a picture. Of a product's pictures only the nearest. Returns
     up to `show` dicts: image, caption, product_id, "near" (cosine), "match" (match - mismatch logit) and "both" (what
-    puts them in order); the last two are None where the matching head was not asked.
+    puts them in order); the last two are None where the matching head was not asked, or not trained.
     """
     needs(run, "search")
+    if "itm" not in trained_objectives(run):
+        best = 0
     if is_picture(query):
         vector, best = embed_pictures(run, open_one(run, query))[0], 0
     else:
@@ -464,7 +460,7 @@ def show_rank(run, args):
         raise UserError(f"{folders[0]}: is a folder, but a picture ranks texts; index and search find pictures like it")
     for answer in args.answers:
         if answer in folders:
-            answers += [os.path.join(answer, name) for name in files_below(answer)]
+            answers += [os.path.join(answer, name) for name in pictures.files_below(answer)]
         elif is_picture(args.query) and (os.path.isfile(answer) or answer.endswith(".txt")):
             answers += [line for _, line in readers.read_lines(answer)]
         else:
@@ -596,7 +592,8 @@ def parse(arguments=None):
             add("folder", metavar="DIR")
         if name == "search":
             add("query", metavar="TEXT|IMAGE", nargs="?", help="without it: one query a line from the standard input")
-            add("--best", type=at_least(0), default=20, metavar="K", help="how many ITM re-ranks (default: 20)")
+            add("--best", type=at_least(0), default=20, metavar="K",
+                help="how many ITM re-ranks (default: 20; none where it was not trained)")
             add("--show", type=at_least(1), default=10, metavar="N", help="how many to print (default: 10)")
         if name in ("index", "search"):
             add("--name", help="of the index (default: the folder's; search: the only index)")

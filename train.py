@@ -65,7 +65,7 @@ class Settings:
     init: str = setting(
         "", "Other people's weights to start from, a file or several (a,b): PVT, BERT, ResNet-50, BEiT, the authors'."
     )
-    start: str = setting("", "Fine-tuning: a run whose weights to start from.")
+    start: str = setting("", "Fine-tuning: a run whose weights to start from; --data and --fit are then its own, too.")
     teachers: str = setting("", "Runs whose towers the towers of this one imitate, separated by commas (itc).")
     steps: int = setting(300, "Number of steps.")
     epochs: float = setting(0.0, "Number of passes over the training split, instead of --steps.")
@@ -118,8 +118,9 @@ class Settings:
 
 
 FROM_THE_DATA = {"vocab_size", "n_category", "n_subcategory"}  # fields of a Config that the data decides
+# What --resume may change: no result depends on it, or its contents are compared instead of its name
 MAY_CHANGE = {"micro_batch", "workers", "decode", "recompute", "log_every", "save_every"}
-MAY_CHANGE |= {"data", "init", "start", "vocab"}
+MAY_CHANGE |= {"data", "init", "start", "vocab", "teachers"}
 
 
 def flag(name):
@@ -138,7 +139,8 @@ def parse(arguments=None):
     first.add_argument("--from", dest="start", default="")
     first.add_argument("--resume", action="store_true")
     known, _ = first.parse_known_args(arguments)
-    run = known.out if known.resume else known.start
+    resumed = known.resume and (Path(known.out) / "config.json").is_file()
+    run = known.out if resumed else known.start
     model = known.model or (model_of(run) if run else "mvlt")
     if model not in weights.FILES:
         raise UserError(f"--model must be one of {', '.join(weights.FILES)}, got {quoted(model)}", status=2)
@@ -224,6 +226,10 @@ def resolve(given, saved=None):
     with runtime.usage_errors():
         settings = Settings(**given["settings"])  # refuses an impossible flag before anything is read
         file = weights.FILES[settings.model]
+        if settings.start:
+            rule = "must be left out with --from, whose run has its own"
+            require("size" not in given["settings"], "--size", rule, settings.size)
+            require(not settings.vocab, "--vocab", rule, settings.vocab)
         if saved:
             require(settings.model == saved["kind"], "--model", f"must be {saved['kind']}, the run's", settings.model)
             base, config, recipe = saved["run"], saved["config"], saved["recipe"]
@@ -232,6 +238,9 @@ def resolve(given, saved=None):
             base = {name: value for name, value in preset.items() if name in names}
             config = {}
             recipe = {name: value for name, value in preset.items() if name not in names}
+            if settings.start:  # the data and the shape of its pictures are the run's, too
+                run = weights.load_run(settings.start)[2]
+                base |= {name: run[name] for name in ("data", "fit") if name in run}
         if given["settings"].get("steps") and not given["settings"].get("epochs"):
             base = {**base, "epochs": 0.0}
         both = given["settings"].get("steps") and given["settings"].get("epochs")
@@ -239,10 +248,6 @@ def resolve(given, saved=None):
         settings = Settings(**{**base, **given["settings"]})
         G, processes = settings.batch_size, runtime.world()
         require(G >= processes, "--batch-size", f"must be at least the number of processes, {processes}", G)
-        if settings.start:
-            rule = "must be left out with --from, whose run has its own"
-            require("size" not in given["settings"], "--size", rule, settings.size)
-            require(not settings.vocab, "--vocab", rule, settings.vocab)
         config, recipe = {**config, **given["config"]}, {**recipe, **given["recipe"]}
         file.Recipe(**recipe)
         if saved:
@@ -385,7 +390,7 @@ def find_data(s):
     if s.data:
         folder = os.path.abspath(s.data)
         if not os.path.isdir(folder):
-            raise UserError(f"{folder}: no such folder")
+            raise UserError(f"{folder}: no such folder; name the data with --data")
         return folder
     if runtime.process_index() == 0:
         toy.make(TOY)
@@ -476,7 +481,7 @@ def open_teachers(s, model, split, device, skip_bad):
     """The runs of --teachers, which have read the training split."""
     if "itc" not in model.recipe.weights:
         raise UserError("--teachers: the towers imitate, so itc must be among the --objectives", status=2)
-    return Teachers(s.teachers.split(","), s.data, split, device, skip_bad)
+    return Teachers(s.teachers.split(","), s.data, split, device, skip_bad, s.decode)
 
 
 def check_plans(model, pools, order):
@@ -680,8 +685,13 @@ def train(args, given):
     digests = runtime.from_first(lambda: {f"{name} split": fingerprint(folder, one) for name, one in splits.items()})
     if teachers:
         digests["weights of the teachers"] = teachers.digest
+    if s.images:
+        digests["names in --images"] = pools["pictures"].digest
+    if s.texts:
+        digests["lines of --texts"] = pools["captions"].digest
     if saved:
-        check_resume(path, saved, {**asdict(s), **config, **recipe, **labels, **digests})
+        no_teachers = {"weights of the teachers": None}
+        check_resume(path, saved, {**asdict(s), **config, **recipe, **labels, **no_teachers, **digests})
         weights.load_optimizer(path, optimizer, saved["optimizer"])
         step, best, origin = saved["step"], saved["best"], f"{path}, step {saved['step']}"
         model.recompute = s.recompute

@@ -1,7 +1,7 @@
 """
 The vectors of a folder's pictures on disk, for `predict.py index` and `search`.
 
-An index is a folder RUN/index-NAME. For each part, of some thousand files, it holds
+An index is a folder RUN/index-NAME. For each part, of up to 1024 files, it holds
 
     KEY.npy       the vectors (n, E) float32 of the pictures that can be decoded
     KEY.json      their rows [image, caption, product_id], and {file: reason} of the others

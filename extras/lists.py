@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-import data
 from extras import readers, runtime
 from extras.runtime import UserError, quoted
 
@@ -22,7 +21,8 @@ def candidates(rows, queries=1000, size=101, seed=0, shorter=False):
     """
     Draw the query products and for each the truth and size - 1 other products of its sub-category; where these are too
     few, of its main category, then of any. No two candidates share a product or a caption (case and spaces apart).
-    Lists depend on (rows, seed) only. `shorter`: where a small split cannot fill all lists, cut them to the shortest.
+    The same rows, queries, size and seed give the same lists. `shorter`: where a small split cannot fill all lists, cut
+    them to the shortest.
     """
     if queries < 1 or size < 2:
         raise ValueError(f"candidates: needs queries of at least 1 and size of at least 2, got {queries} and {size}")
@@ -35,7 +35,7 @@ def candidates(rows, queries=1000, size=101, seed=0, shorter=False):
     products = shelves.get((), [])
     chosen = [products[i] for i in random.permutation(len(products))[:queries]]
     chosen = [views[random.integers(len(views))] for views in chosen]
-    texts = [data.plain_caption(row["caption"]) for row in rows]
+    texts = [readers.plain_caption(row["caption"]) for row in rows]
     lists = []
     for query in chosen:
         found = draw_list(rows, texts, query, shelves, size, random)

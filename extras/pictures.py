@@ -36,16 +36,17 @@ MOST_PIXELS = 50_000_000
 LONGEST_SIDE = 30_000
 
 
+def files_below(folder):
+    """The names of all files below a folder, sorted; hidden ones (.name) and linked folders are left out."""
+    found = [path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()]
+    return sorted(str(path) for path in found if not any(part.startswith(".") for part in path.parts))
+
+
 def list_pictures(folder):
-    """The names of all pictures below a folder, sorted; hidden folders and links to folders are left out."""
+    """The names of those with a picture's suffix."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder")
-    names = []
-    for path, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        pictures = [name for name in files if name.lower().endswith(SUFFIXES)]
-        names += [os.path.relpath(os.path.join(path, name), folder) for name in pictures]
-    return sorted(names)
+    return [name for name in files_below(folder) if name.lower().endswith(SUFFIXES)]
 
 
 def real_path(folder, file):

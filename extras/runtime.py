@@ -89,8 +89,8 @@ def leave(script, error, status):
 
 def outside_cause(error):
     """Translate a RuntimeError with an outside cause (memory, dead peer or loader) into one line; "" if it is a bug."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full; train.py --micro-batch N or --recompute, or eval.py --batch-size N, may help"
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "the memory is full; train.py --micro-batch N or --recompute, or eval.py --batch-size N, may help"
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return "another process of this run has ended, so this one ends too; the other's own message says why"
     return str(error) if "DataLoader worker" in str(error) else ""

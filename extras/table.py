@@ -214,8 +214,9 @@ def keep(folder, key, arrays, note):
     """Write the arrays and the note into the cache, as a folder that gets its name when it is whole."""
     place = cache_folder(folder) / key
     for path in place.parent.iterdir():
-        if TEMPORARY.fullmatch(path.name) and time.time() - path.lstat().st_mtime > 3600:  # of a build that was killed
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            if TEMPORARY.fullmatch(path.name) and time.time() - path.lstat().st_mtime > 3600:  # its build was killed
+                shutil.rmtree(path, ignore_errors=True)
     temporary = place.with_name(f"{key}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir()
@@ -223,9 +224,13 @@ def keep(folder, key, arrays, note):
             np.save(temporary / f"{name}.npy", one)
         shapes = {name: one.shape for name, one in arrays.items()}
         (temporary / "note.json").write_text(json.dumps({**note, "shapes": shapes}))
-        if place.exists():  # damaged, or made by another process just now
-            os.rename(place, f"{temporary}.old")
-        os.rename(temporary, place)
+        with contextlib.suppress(FileNotFoundError):  # mostly there is none
+            os.rename(place, f"{temporary}.old")  # damaged, or made by another process just now
+        try:
+            os.rename(temporary, place)
+        except OSError:
+            if not is_folder(place):  # otherwise another process was faster, with the same arrays
+                raise
     except OSError as error:
         raise UserError(f"{place}: cannot be written ({error.strerror or error})") from None
     finally:

@@ -21,14 +21,14 @@ class Teachers:
     `digest` changes with the runs.
     """
 
-    def __init__(self, paths, folder, split, device="cpu", skip_bad=False):
+    def __init__(self, paths, folder, split, device="cpu", skip_bad=False, decode="auto"):
         self.towers, self.digest = [], 0
         for path in paths:
             model, tokenizer, run = weights.load_run(path, device)
             if "itc" not in model.recipe.weights:
                 raise UserError(f"--teachers: {path} was not trained for itc, so it has no towers to imitate")
             sizes = (model.config.image_size, model.config.text_len, run.get("fit", "stretch"))
-            its_split = data.open_split(folder, "train", tokenizer, model.labels, *sizes, skip_bad=skip_bad)
+            its_split = data.open_split(folder, "train", tokenizer, model.labels, *sizes, skip_bad, decode)
             if its_split.digest != split.digest:
                 raise UserError(f"--teachers: {path} reads other rows of {folder} than this run")
             towers = evaluation.read_towers(model, its_split, what=f"teacher {path}")

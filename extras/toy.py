@@ -373,7 +373,8 @@ def is_finished(folder, files, jobs):
     if marks and marks[0].read_text(errors="replace") == files["toy.json"]:
         return all(path.exists() for path in [folder / name for name in files] + [path for *_, path in jobs])
     if marks or folder.is_file() or folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: holds {'another toy catalogue' if marks else 'something else'}; use a new folder")
+        raise UserError(f"{folder}: holds {'another toy catalogue' if marks else 'something else'}; remove it or "
+                        "use a new folder (train.py --data trains on any that is there)")
     return False
 
 

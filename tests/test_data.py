@@ -658,7 +658,7 @@ def test_the_pool_of_pictures_holds_each_picture_once_and_those_of_a_folder(fold
     assert [row["image"] for row in data.picture_pool(split).rows] == ["images/0.png", "images/1.png"]
     (more / "deep").mkdir()
     (more / ".hidden").mkdir()
-    for name in ("b.png", "deep/a.JPG", "c.gif", ".hidden/d.png"):
+    for name in ("b.png", "deep/a.JPG", "c.gif", ".hidden/d.png", "deep/._a.png"):
         noise(len(name), (20, 10)).save(more / name)
     (more / "readme.txt").write_text("no picture")
     pool = data.picture_pool(split, more)

@@ -407,6 +407,18 @@ def test_full_gallery_agrees_with_every_pair_when_any_of_a_products_captions_cou
     assert len(set(some.queries.tolist())) == 5 and some.right.sum().item() == 5 and some.right.shape == (5, 8)
 
 
+def test_without_towers_matching_reads_the_whole_gallery(store, in_float32):
+    model = store.make_model("mir,itm")
+    results = evaluation.full_gallery(model, store.split, None)
+    asked = [evaluation.from_gallery(store.split, way, None) for way in WAYS]
+    for way, questions in zip(WAYS, asked):
+        scores = evaluation.pair_scores(model, store.split, questions.pairs())
+        wrong = scores.masked_fill(questions.right, -math.inf).max(dim=1).values
+        found = scores.masked_fill(~questions.right, -math.inf).max(dim=1).values > wrong
+        assert results[way].keys() == {"fusion"} and results[way]["fusion"]["R@1"] == found.double().mean().item()
+    assert results["scores_used"] == results["scores_in_all"] == sum(questions.right.numel() for questions in asked)
+
+
 # --- Recognition and generation ---
 
 CLASSES = {"category": ["foot", "top"], "subcategory": ["boot", "coat", "shirt"]}
@@ -682,7 +694,7 @@ def test_a_runs_numbers_are_the_same_beside_another_run_and_on_saved_lists(store
     assert two["runs"][str(measured)] == alone["runs"][str(measured)] and two["lists"] == alone["lists"]
     lists = (tmp_path / "two" / "candidates.json").read_bytes()
     assert lists == (measured / "candidates.json").read_bytes()
-    assert two["runs"][str(other)].keys() == {"about", "retrieval"}
+    assert two["runs"][str(other)].keys() == {"about", "retrieval", "full_gallery"}
     assert f"{other}: fusion encoder" in said and f"{measured}: towers, then both" in said and "paper" not in said
     assert not (other / "results.json").exists()
     run_main(other, "--tasks", "retrieval", "--candidates", measured / "candidates.json")
@@ -836,7 +848,8 @@ runtime.run(main)  # which also leaves the process group: without that a process
     (["mir,itm", "itm,cr"], "--tasks recognition,retrieval", [["retrieval"], ["recognition", "retrieval"]]),
     (["cr"], "--tasks retrieval", "retrieval: needs a run that was trained for itm or itc .0: cr."),
     (["mlm"], "", "0: was trained for nothing that is to be measured here"),
-    (["mir,itm"], "--full-gallery", "full_gallery: needs a run that was trained for itc .0: mir,itm."),
+    (["mir,itm"], "--full-gallery", [["generation", "full_gallery"]]),
+    (["mir"], "--full-gallery", "full_gallery: needs a run that was trained for itc or itm .0: mir."),
     (["mir,itm", "cr"], "--tasks retrieval", "1: was trained for nothing that is to be measured here"),
 ])
 def test_a_run_is_measured_on_what_it_was_trained_for(store, objectives, flags, wanted):

@@ -110,7 +110,7 @@ def exact(monkeypatch):
 
 
 def paths(folder):
-    return [os.path.join(folder, name) for name in predict.files_below(folder)]
+    return [os.path.join(folder, name) for name in pictures.files_below(folder)]
 
 
 def contents(folder):
@@ -269,7 +269,7 @@ def test_search_equals_reading_every_picture_one_by_one(tmp_path, photos, exact,
     run = predict.load(save_run(tmp_path / kind, kind))
     monkeypatch.setattr(predict, "PART", 4)
     predict.index(run, photos)
-    opened, every = predict.open_index(run), predict.files_below(photos)
+    opened, every = predict.open_index(run), pictures.files_below(photos)
     with torch.no_grad():
         query = run.model.embed_texts(torch.tensor([run.tokenizer.encode(TEXTS[0])]))[0]
     near = {name: (tower(run, photos / name) @ query).item() for name in every}
@@ -292,7 +292,7 @@ def test_search_equals_reading_every_picture_one_by_one(tmp_path, photos, exact,
 def test_a_picture_finds_itself(fresh, photos, exact):
     predict.index(fresh, photos)
     opened = predict.open_index(fresh)
-    for name in predict.files_below(photos):
+    for name in pictures.files_below(photos):
         found = predict.search(fresh, os.path.join(photos, name), opened)
         assert found[0]["image"] == name and found[0]["near"] == pytest.approx(1, abs=1e-5)
 
@@ -326,7 +326,7 @@ def test_a_killed_index_goes_on_where_it_stopped_and_ends_with_the_same_bytes(fr
     (home / f"{'0' * 16}.npy.{'1' * 32}.tmp").write_bytes(b"half of a part")
 
     names = embedded(monkeypatch)
-    assert predict.index(fresh, photos)[1:] == (9, []) and names == predict.files_below(photos)[6:]
+    assert predict.index(fresh, photos)[1:] == (9, []) and names == pictures.files_below(photos)[6:]
     gone_on = contents(home)
     shutil.rmtree(home)
     predict.index(fresh, photos)
@@ -338,11 +338,11 @@ def test_a_grown_folder_costs_what_follows_its_first_new_name_and_a_changed_file
     predict.index(fresh, photos)
     names.clear()
     draw(photos / "more" / "99.png", 99)
-    assert predict.index(fresh, photos)[1:] == (10, []) and names == predict.files_below(photos)[8:]
+    assert predict.index(fresh, photos)[1:] == (10, []) and names == pictures.files_below(photos)[8:]
     assert len(list((fresh.folder / "index-photos").iterdir())) == 2 * 5 + 1
     names.clear()
     draw(photos / "0.png", 77)  # another picture of the same name
-    assert predict.index(fresh, photos)[1:] == (10, []) and names == predict.files_below(photos)[:2]
+    assert predict.index(fresh, photos)[1:] == (10, []) and names == pictures.files_below(photos)[:2]
     names.clear()
     assert predict.index(fresh, photos)[1:] == (10, []) and names == []
 
@@ -698,6 +698,13 @@ def test_every_command_prints_its_answer(fresh, photos, tmp_path, exact, monkeyp
     with Image.open("0-rebuilt.png") as sheet:
         assert sheet.size == (3 * 320, 384)  # three pictures of 20 x 24
     assert command("index", photos)[0][:2] == ["9", "pictures"]
+
+
+def test_a_run_of_towers_alone_searches_by_them(tmp_path, photos):
+    run = predict.load(save_run(tmp_path / "towers", recipe=dict(objectives="itc", hard_from=1.0)))
+    predict.index(run, photos)
+    opened = predict.open_index(run)
+    assert predict.search(run, TEXTS[0], opened) == predict.search(run, TEXTS[0], opened, best=0)
 
 
 def test_search_answers_one_query_a_line_and_goes_on_after_an_error(fresh, photos, tmp_path, monkeypatch, capsys):

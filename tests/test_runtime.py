@@ -45,6 +45,8 @@ def script(body, processes=1, after=""):
         (runtime.UserError("--lr must be above 0", status=2), 2, "tool.py: --lr must be above 0"),
         (FileNotFoundError(2, "No such file", "x"), 1, "tool.py: [Errno 2] No such file: 'x'"),
         (KeyboardInterrupt(), 1, "tool.py: interrupted"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), 1, "tool.py: the memory is full; "
+         "train.py --micro-batch N or --recompute, or eval.py --batch-size N, may help"),
         (RuntimeError("DataLoader worker (pid 3) died"), 1, "tool.py: DataLoader worker (pid 3) died"),
     ],
 )

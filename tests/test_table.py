@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -153,6 +154,20 @@ def test_what_a_killed_build_left_is_removed_by_a_later_one_but_no_other_file(sh
     table.open_table(shop, "train")
     left = {path.name for path in (shop / ".cache").iterdir()}
     assert stale not in left and {fresh, "mine.tmp"} <= left and list((shop / "images").iterdir())
+
+
+def test_processes_that_build_one_table_at_once_do_not_end_each_other(shop):
+    arrays, note = {"numbers": np.arange(5)}, {"names": []}
+
+    def build(_):
+        for _ in range(20):
+            table.keep(shop, "rows-test-0", arrays, note)
+
+    with ThreadPoolExecutor(8) as builders:
+        list(builders.map(build, range(8)))
+    found, _ = table.find(shop, "rows-test-0")
+    assert (found["numbers"] == arrays["numbers"]).all()
+    assert [path.name for path in (shop / ".cache").iterdir()] == ["rows-test-0"]
 
 
 def test_words_are_kept_for_a_vocabulary_and_a_length(shop, monkeypatch):

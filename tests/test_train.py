@@ -677,6 +677,22 @@ def test_changed_data_are_refused_by_the_name_of_the_split(run, shop, tmp_path, 
     assert files_of(run) == before
 
 
+def test_changed_pictures_and_lines_without_a_pair_are_refused(shop, tmp_path):
+    photos, lines = tmp_path / "photos", tmp_path / "lines.txt"
+    shutil.copytree(shop / "images", photos)
+    lines.write_text("a red coat\na blue hat\n")
+    stages = "--image-until 0.3 --text-until 0.6 --steps 4 --batch-size 4".split()
+    more = ["--model", "vlmo", *flags_of("vlmo"), *stages, "--data", shop, "--images", photos, "--texts", lines]
+    run = stop_in_step(0, tmp_path / "run", *more)
+    lines.write_text("a red coat\na green hat\n")
+    (photos / "b.png").write_bytes((photos / sorted(os.listdir(photos))[-1]).read_bytes())
+    said = message(in_process, run, *RESUME)
+    assert re.search(r"another run: names in --images \(was .*\), lines of --texts \(was \d+, now \d+\); start", said)
+    lines.write_text("a red coat\na blue hat\n")
+    (photos / "b.png").unlink()
+    in_process(run, *RESUME)
+
+
 def test_the_same_data_may_lie_in_another_folder(run, unbroken, shop, tmp_path):
     folder = shutil.copytree(shop, tmp_path / "shop", ignore=shutil.ignore_patterns(".cache"))
     assert_bitwise(in_process(run, *RESUME, "--data", folder), unbroken)
@@ -1180,11 +1196,11 @@ def test_teachers_that_cannot_teach_are_refused(unbroken, shop, tmp_path):
 def test_a_stopped_run_goes_on_with_the_same_teachers_only(unbroken, plain, shop, tmp_path):
     teacher = shutil.copytree(unbroken, tmp_path / "teacher")
     run = stop_in_step(0, tmp_path / "run", *TINY, *RUN, "--data", shop, "--teachers", teacher)
-    said = message(in_process, run, *RESUME, "--teachers", plain)
-    rule = r"weights of the teachers \(was \d+, now \d+\); start"
-    assert re.match(rf".* is another run: teachers \(was .*\), {rule}", said)
-    shutil.copy(plain / "best.pt", teacher / "best.pt")
-    assert re.match(f".* is another run: {rule}", message(in_process, run, *RESUME))
+    for other, now in ((plain, r"\d+"), ("", "None")):
+        rule = rf".* is another run: weights of the teachers \(was \d+, now {now}\); start"
+        assert re.match(rule, message(in_process, run, *RESUME, "--teachers", other))
+    moved = teacher.rename(tmp_path / "moved")
+    in_process(run, *RESUME, "--teachers", moved)
 
 
 # --- Settings do what they say ---
@@ -1286,6 +1302,23 @@ def test_recognition_is_fine_tuned_from_a_run_by_every_modality(unbroken, shop, 
     clock = {"step", "epoch", "lr", "grad_norm", "images_per_s", "memory_gb"}
     assert lines_of(out)[0].keys() == clock | {"loss", "cr"}
     assert 0 <= lines_of(out)[-1]["val"]["cr_accuracy"] <= 1
+
+
+def test_a_run_that_starts_from_another_reads_its_data_in_its_shape_and_its_model(unbroken, shop, tmp_path):
+    old = in_process(tmp_path / "old", *ONE_STEP, "--data", shop, "--fit", "pad")
+    few = ["--device", "cpu", "--from", old, "--steps", 1, "--batch-size", 4, "--mask-unit", 8]
+    run = json.loads((in_process(tmp_path / "new", *few) / "config.json").read_text())["settings"]
+    assert (run["data"], run["fit"]) == (str(shop), "pad")
+    run = json.loads((in_process(tmp_path / "other", *few, "--fit", "stretch") / "config.json").read_text())["settings"]
+    assert (run["data"], run["fit"]) == (str(shop), "stretch")
+    with pytest.raises(UserError, match="nowhere: no run here"):
+        in_process(tmp_path / "none", "--device", "cpu", "--from", tmp_path / "nowhere")
+    assert not (tmp_path / "none").exists()
+    config = json.loads((old / "config.json").read_text())
+    config["settings"]["model"] = "kaleido"
+    (old / "config.json").write_text(json.dumps(config))
+    args = ["--from", str(old), "--out", str(tmp_path / "first"), "--resume"]  # a job that may be started again
+    assert train.parse(args)[1]["settings"]["model"] == "kaleido"
 
 
 def test_a_run_of_another_model_or_shape_is_refused_by_name(unbroken, shop, tmp_path):
