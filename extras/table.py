@@ -8,6 +8,7 @@ kept: they may be mended.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -224,18 +225,27 @@ def keep(folder, key, arrays, note):
             np.save(temporary / f"{name}.npy", one)
         shapes = {name: one.shape for name, one in arrays.items()}
         (temporary / "note.json").write_text(json.dumps({**note, "shapes": shapes}))
-        with contextlib.suppress(FileNotFoundError):  # mostly there is none
-            os.rename(place, f"{temporary}.old")  # damaged, or made by another process just now
-        try:
+        with locked(place.parent):
+            if place.exists():  # damaged, or made by another process just now
+                os.rename(place, f"{temporary}.old")
             os.rename(temporary, place)
-        except OSError:
-            if not is_folder(place):  # otherwise another process was faster, with the same arrays
-                raise
     except OSError as error:
         raise UserError(f"{place}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(f"{temporary}.old", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Wait for other processes that hold this folder's lock; not every network disk has locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 # --- Words ---

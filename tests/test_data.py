@@ -684,6 +684,13 @@ def test_the_pool_of_pictures_reports_broken_ones_and_a_missing_folder(folder, t
     assert message(data.picture_pool, split, more / "none") == f"{more}/none: no such folder"
 
 
+def test_mirror_shift_and_zoom_are_drawn_with_keys_of_their_own(monkeypatch):
+    asked, usual = [], data.generator
+    monkeypatch.setattr(data, "generator", lambda *key: asked.append(key) or usual(*key))
+    data.Batches({}, [], 4, 0, 0, 1, mirror=0.5, shift=1, zoom=0.2).views(0)
+    assert len(set(asked)) == len(asked) == 3
+
+
 def test_the_pool_of_captions_holds_each_caption_once_and_the_lines_of_a_file(folder):
     write_rows(folder / "val.jsonl", [row_of(0, product_id="v")])
     split, texts = open_train(folder), folder / "texts.txt"

@@ -251,6 +251,16 @@ def test_what_trains_gets_a_gradient_and_nothing_else_does(scene):
 
 
 @every_case
+def test_no_two_draws_of_a_plan_share_a_key(scene):
+    """With one key they would depend on each other: hidden pixels on hidden words, say."""
+    asked, ends = [], 4 if scene.model.kind == "vlmo" else 2
+    vectors = torch.nn.functional.normalize(torch.randn(ends, 8, 8), dim=-1)
+    draw = lambda what: asked.append(what) or data.generator(0, what)
+    scene.model.plan(scene.split, torch.arange(8), draw, vectors, scene.progress)
+    assert len(set(asked)) == len(asked)
+
+
+@every_case
 @few
 @given(G=st.integers(1, 12), seed=SEEDS, noise=SEEDS)
 def test_a_plan_depends_on_its_key_alone_and_covers_the_whole_batch(scene, G, seed, noise):
@@ -410,7 +420,7 @@ def test_a_run_stopped_at_the_end_of_a_stage_or_within_it_ends_with_the_same_bit
         assert losses_of(run) == losses_of(unbroken(name))
 
 
-@every_model
+@pytest.mark.parametrize("name", ["kaleido", "vlmo"])  # MVLT: test_train.py
 def test_two_processes_give_the_weights_of_one(shop, tmp_path, name):
     still = ["--dropout", 0, "--no-bf16"] + ["--drop-path", 0] * (name != "kaleido")
     one = in_process(tmp_path / "one", *run_of(name, shop, *still))

@@ -203,6 +203,21 @@ def test_rebuild_reads_the_text_and_hides_as_the_run_was_trained(tmp_path, photo
         assert result[name] == pytest.approx(-10 * math.log10(error), abs=1e-3)
 
 
+def test_the_seed_chooses_what_rebuild_hides(run, photos):
+    one, again, other = (predict.rebuild(run, paths(photos)[0], seed=seed)["hidden"] for seed in (3, 3, 4))
+    assert (one == again).all() and (one != other).any()
+
+
+def test_chances_are_shares_of_all_names_not_of_the_five_that_are_shown():
+    chances = dict(predict.likeliest(torch.tensor([2.0, 1, 0, 0, 0, 0, 0]), list("abcdefg")))
+    assert chances["a"] == pytest.approx(math.e**2 / (math.e**2 + math.e + 5))
+
+
+def test_an_index_of_pictures_in_another_shape_is_another(fresh):
+    padded = fresh._replace(settings={**fresh.settings, "fit": "pad"})
+    assert predict.fingerprint(fresh) != predict.fingerprint(padded)
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_fill_answers_each_mask_with_words_and_leaves_the_others(tmp_path, photos, kind):
     run = predict.load(save_run(tmp_path / kind, kind))

@@ -35,9 +35,10 @@ import data
 import eval as evaluation
 import mvlt
 import train
-from extras import foreign, runtime, weights
+from extras import foreign, runtime, table, weights
 from extras.runtime import UserError
 from extras.teachers import Teachers
+from extras.tokenizer import SPECIAL, Tokenizer
 
 laws = settings(deadline=None, max_examples=25)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -298,6 +299,10 @@ def test_a_run_says_what_it_did(unbroken, shop):
     total = sum(weight[name] * fused[name] for name in weight)
     assert fused["loss"] == pytest.approx(total, rel=1e-5)
     written = json.loads((unbroken / "config.json").read_text())
+    for line in lines_of(unbroken):
+        if "val" not in line:
+            assert line["lr"] == train.learning_rate(line["step"] - 1, train.Settings(**written["settings"]))
+            assert line["epoch"] == round(line["step"] * 6 / 24, 3)
     assert written["settings"]["data"] == str(shop) and written["settings"]["steps"] == 8
     assert written["config"]["dims"] == [4, 8, 8, 16] and written["recipe"]["hard_from"] == 0.25
     samples = sorted(path.name for path in (unbroken / "samples").iterdir())
@@ -436,11 +441,31 @@ def test_a_head_that_joins_late_counts_its_steps_from_then(unbroken):
         assert state[number]["step"] == (6 if late else 8), name  # --itm-from 0.25 of 8
 
 
-def test_norms_and_biases_are_not_decayed(unbroken):
-    groups = train.make_optimizer(weights.load(unbroken / "last.pt"), train.Settings(weight_decay=0.3)).param_groups
-    for group in groups:
+def test_norms_and_biases_are_not_decayed_and_the_second_beta_is_the_settings(unbroken):
+    model = weights.load(unbroken / "last.pt")
+    optimizer = train.make_optimizer(model, train.Settings(weight_decay=0.3, beta2=0.98))
+    assert optimizer.defaults["betas"] == (0.9, 0.98)
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             assert (parameter.ndim > 1) == (group["weight_decay"] == 0.3)
+
+
+def test_best_pt_is_the_best_of_the_last_phase_and_a_resumed_run_remembers_it(shop, tmp_path, monkeypatch):
+    falling = iter([9, 8, 2, 1])  # the towers train alone in the first two steps
+    monkeypatch.setattr(evaluation, "goodness", lambda model, values: next(falling))
+    short = ["--steps", 4, "--save-every", 1, "--itm-from", 0.5]
+    run = stop_in_step(2, tmp_path / "run", *TINY, *RUN, "--data", shop, *short)
+    assert weights.read(run / "best.pt")["step"] == 3
+    in_process(run, *RESUME)
+    assert weights.read(run / "best.pt")["step"] == 3
+
+
+def test_validation_is_that_of_the_seed_and_of_the_stage(shop, tmp_path, monkeypatch):
+    asked, usual = [], evaluation.validate
+    spy = lambda model, split, *given: asked.append(given) or usual(model, split, *given)
+    monkeypatch.setattr(evaluation, "validate", spy)
+    in_process(tmp_path / "run", *TINY, *RUN, "--data", shop, "--steps", 4, "--save-every", 2, "--seed", 7)
+    assert asked == [(7, 0.25), (7, 0.75)]
 
 
 # --- Faults ---
@@ -617,12 +642,12 @@ def test_resume_without_a_run_begins_one(shop, tmp_path):
 
 
 def test_epochs_are_counted_in_the_data(shop, tmp_path):
-    half = [*TINY, "--epochs", 0.5, "--batch-size", 4, "--objectives", "itc", "--data", shop, "--log-every", 1]
-    out = in_process(tmp_path / "new", *half)
-    assert steps_of(out) == [1, 2, 3]  # half of 24 pairs, 4 at a time
-    in_process(out, *RESUME, "--epochs", 0.5)
+    part = [*TINY, "--epochs", 0.55, "--batch-size", 4, "--objectives", "itc", "--data", shop, "--log-every", 1]
+    out = in_process(tmp_path / "new", *part)
+    assert steps_of(out) == [1, 2, 3, 4]  # 13.2 of 24 pairs, 4 at a time
+    in_process(out, *RESUME, "--epochs", 0.55)
     said = message(in_process, out, *RESUME, "--epochs", 1)
-    assert "is another run: steps (was 3, now 6), epochs (was 0.5, now 1.0); start a new one" in said
+    assert "is another run: steps (was 4, now 6), epochs (was 0.55, now 1.0); start a new one" in said
 
 
 def test_data_are_found_again_from_another_working_directory(unbroken, shop, tmp_path, monkeypatch):
@@ -634,6 +659,31 @@ def test_data_are_found_again_from_another_working_directory(unbroken, shop, tmp
 
 
 # --- What a resumed run must have in common with the run before ---
+
+
+def test_every_setting_that_changes_what_is_learnt_is_refused_on_resume(run):
+    for flag in each(OF_THE_RECIPE):
+        if "--vocab-size" not in flag:
+            assert "is another run" in message(in_process, run, *RESUME, *flag), flag
+
+
+def test_settings_of_the_machine_may_change_on_resume(run, monkeypatch):
+    seen, usual = [], train.freeze_all_but
+    spy = lambda model, names: seen.append(model.recompute) or usual(model, names)
+    monkeypatch.setattr(train, "freeze_all_but", spy)
+    more = ["--log-every", 2, "--save-every", 4, "--micro-batch", 2, "--workers", 1, "--recompute"]
+    in_process(run, *RESUME, *more)
+    assert seen == [True, True]
+
+
+def test_any_picture_file_of_another_size_is_noticed(tmp_path):
+    folder = make_shop(tmp_path / "shop")
+    rows = table.build(data.read(folder, "train"))
+    labels = {field: rows.class_names(field) for field in ("category", "subcategory")}
+    split = data.open_split(folder, "train", Tokenizer(SPECIAL), labels, 32, 16)
+    before, path = train.fingerprint(folder, split, samples=1), folder / split.rows[5]["image"]
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert train.fingerprint(folder, split, samples=1) != before
 
 
 def test_a_changed_setting_is_refused_by_name(run):
@@ -818,7 +868,7 @@ def test_damaged_bytes_of_a_checkpoint_are_refused_or_make_no_difference(brief, 
         content[place : place + 500] = bytes(len(content[place : place + 500]))
     (run / "last.pt").write_bytes(content)
     said, opened = resume(run), open_again(run)
-    assert (said is None) == (opened is None) or said is None
+    assert said is None or opened is not None  # what cannot be resumed cannot be opened
     if said is None:
         assert_bitwise(run, ended)
     else:
@@ -1113,7 +1163,7 @@ def test_the_papers_preset_is_section_4_1_whatever_the_demo_does():
     assert (s.lr, s.weight_decay, s.batch_size, s.epochs) == (2.5e-3, 1e-4, 1200, 150)
     assert (r.mask_ratio, r.mask_words, r.mask_unit, r.mask_style) == (0.5, 0.15, 16, "random")
     assert (r.hard_from, r.itm_from, r.unmasked_itm, r.drop_caption) == (1, 0, False, 0)
-    assert (s.mirror, s.shift, s.zoom, s.fit) == (0, 0, 0, "stretch")
+    assert (s.mirror, s.shift, s.zoom, s.fit, s.optimizer) == (0, 0, 0, "stretch", "adamw")
 
 
 @pytest.mark.parametrize("name", list(weights.FILES))
@@ -1167,6 +1217,15 @@ def test_teachers_find_the_mean_of_the_similarities_of_their_towers(unbroken, pl
     teachers = Teachers([unbroken, plain], shop, splits[0])
     torch.testing.assert_close(teachers(rows).float(), wanted.detach(), atol=0.1, rtol=0.02)  # bf16
     assert Teachers([plain, unbroken], shop, splits[0]).digest != teachers.digest
+
+
+def test_a_teacher_reads_pictures_in_the_shape_that_it_was_trained_on(shop, tmp_path, monkeypatch):
+    out = in_process(tmp_path / "pad", *ONE_STEP, "--data", shop, "--fit", "pad", "--objectives", "itc")
+    model, tokenizer, _ = weights.load_run(out)
+    split, asked, usual = data.open_split(shop, "train", tokenizer, model.labels, 32, 16), [], data.open_split
+    monkeypatch.setattr(data, "open_split", lambda *given: asked.append(given[4:7]) or usual(*given))
+    Teachers([out], shop, split)
+    assert asked == [(32, 16, "pad")]
 
 
 def test_a_run_learns_from_its_teachers_and_a_stopped_one_goes_on_bit_by_bit(taught, unbroken, plain, shop, tmp_path):
@@ -1327,6 +1386,23 @@ def test_a_run_of_another_model_or_shape_is_refused_by_name(unbroken, shop, tmp_
     assert re.fullmatch(rule, message(in_process, tmp_path / "run", *base, *RUN, "--text-len", 14))
     said = message(in_process, tmp_path / "run", *base, "--model", "vlmo")
     assert said == f"--from {unbroken}: holds the model mvlt, not vlmo"
+
+
+def test_the_seed_decides_fresh_weights_and_heads_move_with_their_classes_only(tmp_path):
+    def make(seed, start="", category=("a", "b")):
+        labels = {"category": list(category), "subcategory": ["c"]}
+        s = train.Settings(size="pico", seed=seed, start=start)
+        return train.make_model(s, {}, {}, Tokenizer([*SPECIAL, "coat"]), labels)[0]
+
+    old, again, other = make(5), make(5), make(6)
+    assert torch.equal(old.words.word.weight, again.words.word.weight)
+    assert not torch.equal(old.words.word.weight, other.words.word.weight)
+    weights.save(tmp_path / "last.pt", old, step=1, run=asdict(train.Settings(size="pico")))
+    for category in (("a", "b"), ("b", "x")):
+        new = make(0, str(tmp_path), category)
+        assert torch.equal(new.words.word.weight, old.words.word.weight)
+        moved = torch.equal(new.category_head.classify.weight, old.category_head.classify.weight)
+        assert moved == (category == ("a", "b"))
 
 
 def theirs_of(model, parts):
