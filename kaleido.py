@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from extras import kaleido_weights
+from extras import foreign, kaleido_weights
 from extras.runtime import Linear
 from mvlt import (
     empty_captions,
@@ -1101,7 +1101,7 @@ def load_official(checkpoint, **changes):
     the features of ResNet-50, which `load_resnet50` adds; `model.report` says what became of each key. Its captioner
     stays as initialised. The configuration is "base" in the shape of the weights; `changes` overrides.
     """
-    weights = kaleido_weights.open_arrays(checkpoint)
+    weights = foreign.open_arrays(checkpoint)
     model = Kaleido(Config(**kaleido_weights.official_shape(weights) | changes))
     model.report = kaleido_weights.load_official(model, weights)
     return model.eval()

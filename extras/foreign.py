@@ -12,6 +12,7 @@ import os
 import re
 import zipfile
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -67,6 +68,19 @@ def open_state_dict(checkpoint):
         where = "checkpoint" if isinstance(checkpoint, dict) else checkpoint
         raise UserError(f"{where}: must be a state dict, names to tensors, or {{'model': state dict}}")
     return weights
+
+
+def open_arrays(checkpoint):
+    """{name: tensor} from a dict, a PyTorch file, or an .npz file."""
+    if isinstance(checkpoint, dict):
+        return {name: torch.as_tensor(value) for name, value in checkpoint.items()}
+    if not str(checkpoint).endswith(".npz"):
+        return open_state_dict(checkpoint)
+    try:
+        with np.load(checkpoint, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{checkpoint}: not a whole .npz of numbers ({type(error).__name__})") from None
 
 
 # --- An account of every key ---

@@ -10,15 +10,12 @@ authors' file is read as an .npz of its variables, written once with TensorFlow:
 """
 
 import re
-import zipfile
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from extras import foreign
-from extras.runtime import UserError
 
 # --- ResNet-50 (He et al. 2016), with the names of torchvision's checkpoints ---
 
@@ -138,19 +135,6 @@ IGNORED_OFFICIAL = {
 }
 
 
-def open_arrays(checkpoint):
-    """{name: tensor} from a dict, a PyTorch file, or an .npz file."""
-    if isinstance(checkpoint, dict):
-        return {name: torch.as_tensor(value) for name, value in checkpoint.items()}
-    if not str(checkpoint).endswith(".npz"):
-        return foreign.open_state_dict(checkpoint)
-    try:
-        with np.load(checkpoint, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{checkpoint}: not a whole .npz of numbers ({type(error).__name__})") from None
-
-
 def spelling(name):
     """One name for both spellings: PyTorch's, without what stands before bert. or cls., and tables without .weight."""
     name = name.replace("/", ".")
@@ -212,7 +196,7 @@ def load_bert(model, checkpoint):
     Put BERT (a state dict, its PyTorch file, or an .npz of its TensorFlow variables) into the words, the blocks, the
     pooler and the word head; what reads patches stays as it is. Returns {their key: what became of it}.
     """
-    weights = open_arrays(checkpoint)
+    weights = foreign.open_arrays(checkpoint)
     report = foreign.adopt(model, weights, their_names(model, weights), IGNORED_BERT, fit)
     decoder = weights.get("cls.predictions.decoder.weight", model.words.word.weight)
     tied = torch.equal(decoder.to(model.words.word.weight), model.words.word.weight)
@@ -222,7 +206,7 @@ def load_bert(model, checkpoint):
 
 def load_parts(model, checkpoint):
     """Put BERT's weights, ResNet-50's, or those of both in one dict into a Kaleido. Returns the report."""
-    weights, report = open_arrays(checkpoint), {}
+    weights, report = foreign.open_arrays(checkpoint), {}
     resnet = {key: value for key, value in weights.items() if re.match(r"(conv1|bn1|layer[1-4]|fc)\.", key)}
     bert = {key: value for key, value in weights.items() if key not in resnet}
     if resnet:

@@ -19,8 +19,7 @@ import kaleido
 import mvlt
 import vlmo
 from extras import runtime
-from extras.foreign import load_pvt, read
-from extras.kaleido_weights import open_arrays
+from extras.foreign import load_pvt, open_arrays, read
 from extras.runtime import UserError, quoted
 from extras.tokenizer import Tokenizer
 from mvlt import load_official

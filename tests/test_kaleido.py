@@ -23,6 +23,7 @@ from torch import nn
 
 import data
 import kaleido
+from extras import foreign
 from extras.runtime import UserError
 from kaleido import HIDDEN, ORDERS, PATCHES, Config, Kaleido, Recipe, agm, level
 
@@ -1098,7 +1099,7 @@ def test_every_key_of_the_authors_is_accounted_for(official):
         else:
             broken["bert/position_dense"] = np.zeros((4, D), np.float32)
         with pytest.raises(UserError, match=message):
-            kaleido.kaleido_weights.load_official(model, kaleido.kaleido_weights.open_arrays(broken))
+            kaleido.kaleido_weights.load_official(model, foreign.open_arrays(broken))
 
 
 def test_bert_in_pytorchs_and_in_tensorflows_spelling_fills_the_text_half_and_the_blocks(tmp_path):
