@@ -144,7 +144,7 @@ PRESETS = {
 
 # The objectives and their weights. Eq. 8: mir, itm, mlm. Ours: itc, the contrast of two towers (a weight of 1 leaves it
 # too little of the gradient: EXPERIMENTS.md, "A small shop"); distil, matching learns from the towers; cr, recognition.
-OBJECTIVES = {"mir": 10, "itm": 1, "mlm": 1, "itc": 10, "distil": 3, "cr": 1}
+OBJECTIVES = {"mir": 10, "itm": 1, "mlm": 1, "itc": 10, "distil": 20, "cr": 1}
 TAUGHT = 0.8  # share of the contrast's target that is the teachers', where there are some (train.py --teachers)
 MASK_STYLES = ("random", "grid", "stroke", "center")
 MODALITIES = ("both", "image", "text")
@@ -723,11 +723,9 @@ class MVLT(nn.Module):
             predict=predict, judge=judge, category=category, share_category=share_category, subcategory=subcategory,
             share_subcategory=share_subcategory,
         )
-        distil = judge & ~matched & hard  # distil: the wrong pairs of ITM
         if "distil" in objectives and hard:
-            alone = torch.stack([vectors[0], vectors[1, place]], dim=1)  # (G, 2, embed_dim)
-            plan.update(distil=distil, alone=alone)
-        count = dict(mir=rebuild.sum(), mlm=predict.sum(), itm=judge.sum(), distil=distil.sum(), cr=1)
+            plan["alone"] = torch.stack([vectors[0], vectors[1, place]], dim=1)  # (G, 2, embed_dim)
+        count = dict(mir=rebuild.sum(), mlm=predict.sum(), itm=judge.sum(), distil=judge.sum(), cr=1)
         return plan, {objective: int(count[objective]) for objective in objectives}
 
     def choose_captions(self, vectors, same, matched, draw):
@@ -752,9 +750,9 @@ class MVLT(nn.Module):
         if "itm" in objectives:
             logits = self.match_pair(visual, text, plan["tokens"])[judge]
             losses["itm"] = judge.sum() * itm_loss(logits, plan["matched"][judge])
-        if "distil" in plan:
-            wrong, fused = plan["distil"], self.pair_vectors(visual, text, plan["tokens"])
-            losses["distil"] = distil_loss(fused[:, wrong], plan["alone"][wrong].transpose(0, 1))
+        if "alone" in plan:
+            fused = self.pair_vectors(visual, text, plan["tokens"])
+            losses["distil"] = distil_loss(fused[:, judge], plan["alone"][judge].transpose(0, 1))
         if "mlm" in objectives:
             losses["mlm"] = predict.sum() * mlm_loss(self.predict_words(text, predict), plan["words"][predict])
         if "cr" in objectives:
@@ -953,7 +951,7 @@ def itc_loss(image_vectors, text_vectors, log_scale, same, smoothing=0.0, taught
 
 def distil_loss(fused, alone):
     """
-    Distillation (not in the paper), a sum over n wrong pairs: fused (2, n, embed_dim) are the vectors of picture and
+    Distillation (not in the paper), a sum over n pairs: fused (2, n, embed_dim) are the vectors of picture and
     caption read together, alone those of each read by itself; 1 - their cosine, a mean over the two.
     """
     return (1 - (fused * alone).sum(2)).mean(0).sum()

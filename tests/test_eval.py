@@ -934,7 +934,7 @@ def test_what_stands_around_a_caption_does_not_count_as_its_words(store):
 
 @pytest.mark.parametrize("arguments", [
     "run --tasks cooking", "run --queries 0", "run --split train", "run --draws few", "run run", "",
-    "run --draw-lists x"])
+    "run --draw-lists x", "run --seed -1"])
 def test_a_wrong_flag_is_a_usage_error(arguments):
     with pytest.raises(SystemExit) as left:
         evaluation.parse(arguments.split())

@@ -295,7 +295,7 @@ def test_a_run_says_what_it_did(unbroken, shop):
     towers, *_, fused = (line for line in lines_of(unbroken) if "val" not in line)
     assert towers.keys() == {"step", "epoch", "loss", "itc", "lr", "grad_norm", "images_per_s", "memory_gb"}
     assert fused.keys() == towers.keys() | {"mir", "itm", "mlm", "distil", "cr"}
-    weight = dict(mir=10, itm=3, mlm=1, itc=10, distil=3, cr=1)
+    weight = dict(mir=10, itm=3, mlm=1, itc=10, distil=20, cr=1)
     total = sum(weight[name] * fused[name] for name in weight)
     assert fused["loss"] == pytest.approx(total, rel=1e-5)
     written = json.loads((unbroken / "config.json").read_text())
