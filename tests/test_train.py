@@ -142,9 +142,12 @@ def copy_of(run, tmp_path):
 
 
 class Child:
-    """A forked process that runs train.py as a script does. It may be slow, so that a signal has something to hit."""
+    """
+    A forked process that runs train.py as a script does. It may wait `slow` seconds before each step, so that a signal
+    has something to hit.
+    """
 
-    def __init__(self, out, *more, slow=False, environment=(), prepare=None):
+    def __init__(self, out, *more, slow=0, environment=(), prepare=None):
         self.screen = Path(f"{out}.{random.randrange(10**9)}.screen")
         self.pid = os.fork()
         if self.pid == 0:
@@ -160,7 +163,7 @@ class Child:
                 os.environ.update(environment)
                 if slow:
                     usual = train.freeze_all_but
-                    train.freeze_all_but = lambda *given: (time.sleep(0.2), usual(*given))
+                    train.freeze_all_but = lambda *given: (time.sleep(slow), usual(*given))
                 if prepare:
                     prepare()
                 runtime.run(lambda: train.main(arguments))
@@ -320,7 +323,7 @@ def test_a_run_repeats_itself_bit_by_bit(unbroken, shop, tmp_path):
 def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bits(unbroken, shop, tmp_path):
     out = tmp_path / "killed"
     for already in (1, 3, 5):  # before the first checkpoint, and twice after one
-        child = Child(out, *TINY, *RUN, "--data", shop, "--resume", slow=True)
+        child = Child(out, *TINY, *RUN, "--data", shop, "--resume", slow=0.2)
         wait_for(lambda: child.ended() or max(steps_of(out), default=0) >= already)
         time.sleep(random.uniform(0, 0.3))
         child.kill()
@@ -529,7 +532,7 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line(shop, tmp_path, name
 
 def test_sigterm_saves_and_leaves_within_one_step(unbroken, shop, tmp_path):
     out = tmp_path / "asked"
-    child = Child(out, *TINY, *RUN, "--data", shop, slow=True)
+    child = Child(out, *TINY, *RUN, "--data", shop, slow=0.2)
     wait_for(lambda: child.ended() or 4 in steps_of(out))
     child.kill(signal.SIGTERM)
     logged = max(steps_of(out))
@@ -544,7 +547,7 @@ def test_sigterm_saves_and_leaves_within_one_step(unbroken, shop, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_one_of_two_processes_that_is_stopped_or_killed_takes_the_other_with_it(shop, tmp_path, number):
     out = tmp_path / "two"
-    first, second = start_processes(2, out, *TINY, *RUN, "--data", shop, slow=True)
+    first, second = start_processes(2, out, *TINY, *RUN, "--data", shop, slow=0.2)
     wait_for(lambda: first.ended() or second.ended() or 4 in steps_of(out))
     second.kill(number)
     status, screen = first.finish()
@@ -602,7 +605,7 @@ def test_a_clock_that_stands_still_disturbs_nothing(unbroken, shop, tmp_path, mo
 
 
 def test_a_folder_that_another_run_is_writing_to_is_refused(run):
-    other = Child(run, *RESUME, slow=True)
+    other = Child(run, *RESUME, slow=2)
     wait_for(lambda: other.ended() or 7 in steps_of(run))
     assert message(in_process, run, *RESUME) == f"--out {run}: another run is writing there"
     assert other.finish()[0] == 0  # and was not disturbed
