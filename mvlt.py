@@ -483,8 +483,8 @@ class Tower(nn.Module):
 # The whole
 
 SIMILARITY = 5.0  # what a similarity of 1 between the towers' vectors adds to the logit of a match
-READS_PICTURES = (".embed_image", ".norm_image", ".position_image", ".attn.sr", ".attn.norm")  # parts of the names of
-# parameters that only pictures reach: recognition of captions alone freezes them
+# Parts of the names of the parameters that only a picture reaches: recognition of captions alone freezes them
+READS_PICTURES = (".embed_image", ".norm_image", ".position_image", ".attn.sr", ".attn.norm")
 
 
 class MVLT(nn.Module):

@@ -690,7 +690,7 @@ def train(args, given):
     if s.texts:
         digests["lines of --texts"] = pools["captions"].digest
     if saved:
-        no_teachers = {"weights of the teachers": None}
+        no_teachers = {"weights of the teachers": None}  # differs from those of a run that had some
         check_resume(path, saved, {**asdict(s), **config, **recipe, **labels, **no_teachers, **digests})
         weights.load_optimizer(path, optimizer, saved["optimizer"])
         step, best, origin = saved["step"], saved["best"], f"{path}, step {saved['step']}"

@@ -43,7 +43,7 @@ def files_below(folder):
 
 
 def list_pictures(folder):
-    """The names of those with a picture's suffix."""
+    """The names of all pictures below a folder: the files of `files_below` with a picture's suffix."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder")
     return [name for name in files_below(folder) if name.lower().endswith(SUFFIXES)]
