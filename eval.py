@@ -529,6 +529,12 @@ def parse(arguments=None):
     return args
 
 
+def fits(model, task):
+    """Whether the model has what the task asks for, and trains one of the objectives that it measures."""
+    objectives, method = TASKS[task]
+    return hasattr(model, method) and not model.recipe.weights.keys().isdisjoint(objectives)
+
+
 def choose_tasks(args, models):
     """{run: its tasks}. Each run does what it was trained for; a task that none can do, and an idle run, are errors."""
     named = list(args.tasks)
@@ -537,11 +543,7 @@ def choose_tasks(args, models):
     unusual = "retrieval" if args.full_gallery else "full_gallery"
     asked, chosen = named if args.tasks else [task for task in TASKS if task != unusual], {}
     for name, model in models.items():
-        chosen[name] = []
-        for task in asked:
-            objectives, method = TASKS[task]
-            if hasattr(model, method) and not model.recipe.weights.keys().isdisjoint(objectives):
-                chosen[name].append(task)
+        chosen[name] = [task for task in asked if fits(model, task)]
     trained = "; ".join(f"{name}: {','.join(model.recipe.weights)}" for name, model in models.items())
     for task in named:
         if not any(task in tasks for tasks in chosen.values()):

@@ -25,7 +25,6 @@ Letters: N pictures in an index, E width of the towers' vectors, H = W a picture
 import argparse
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import sys
@@ -46,7 +45,7 @@ from extras.runtime import UserError, at_least, quoted
 
 BATCH = 64  # pictures or pairs in a forward pass
 PART = 1024  # pictures in memory at once, and in one part of an index
-MATCHING = ("score", "itm", "matching head", "; search --best 0 asks the towers of a run that has them")
+MATCHING = ("score", "itm", "matching head", "; search asks the towers of a run that has them")
 TOWERS = ("embed_images", "itc", "towers", "; rank reads every picture")
 NEEDS = {  # command -> the model's method, the objective that trains it, the part of the model, what to do without it
     "score": MATCHING,
@@ -89,21 +88,12 @@ def needs(run, command):
     objectives = list(run.model.recipe.weights)
     if objective not in objectives:
         reason = f"its objectives are {','.join(objectives)}, without {objective}"
-    elif objective not in trained_objectives(run):
-        step, steps, file = (run.settings[name] for name in ("step", "steps", "checkpoint"))
+    elif objective not in weights.learnt(run.model):
+        step, steps, file = (run.settings.get(name) for name in ("step", "steps", "checkpoint"))
         reason = f"{objective} trains later in the run, and {file} is of step {step} of {steps}"
     else:
         return
     raise UserError(f"{run.folder}: {command} needs the {part}, untrained in this run: {reason}{instead}")
-
-
-def trained_objectives(run):
-    """The objectives of any step up to the checkpoint's; all of the recipe's if its step is unknown."""
-    step, steps = run.settings.get("step"), run.settings.get("steps")
-    if not step or not steps or run.settings.get("start"):  # a run that started from another begins with trained parts
-        return set(run.model.recipe.weights)
-    passed = np.linspace(0, (step - 1) / steps, 1001).tolist()
-    return set(itertools.chain.from_iterable(map(run.model.active, passed)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -378,10 +368,10 @@ def search(run, query, index, best=20, show=10):
     puts them in order); the last two are None where the matching head was not asked, or not trained.
     """
     needs(run, "search")
-    if "itm" not in trained_objectives(run):
+    if is_picture(query) or "itm" not in weights.learnt(run.model):
         best = 0
     if is_picture(query):
-        vector, best = embed_pictures(run, open_one(run, query))[0], 0
+        vector = embed_pictures(run, open_one(run, query))[0]
     else:
         tokens = words(run, [query], warn=not best)  # otherwise `rank` warns
         with inference(run) as device:

@@ -118,7 +118,7 @@ class Settings:
 
 
 FROM_THE_DATA = {"vocab_size", "n_category", "n_subcategory"}  # fields of a Config that the data decides
-# What --resume may change: no result depends on it, or its contents are compared instead of its name
+# What --resume may change: no result depends on it, dropout and rounding aside, or its contents are compared instead
 MAY_CHANGE = {"micro_batch", "workers", "decode", "recompute", "log_every", "save_every"}
 MAY_CHANGE |= {"data", "init", "start", "vocab", "teachers"}
 
@@ -427,8 +427,12 @@ def make_model(s, config, recipe, tokenizer, labels):
         base = asdict(old.config)
     with runtime.usage_errors():
         model = kind(file.Config(**{**base, **sizes, **config}), file.Recipe(**recipe))
+    model.learnt = set()
     if old:
         transplant(old, model, heads_too=old.labels == labels)
+    if s.start:
+        model.learnt = weights.learnt(old) & set(model.recipe.weights)
+        model.learnt -= set() if old.labels == labels else {"cr"}  # its heads are fresh
     if part:
         weights.load_part(s.model, model, part)
         origin = f"the weights in {s.init}"
@@ -479,6 +483,8 @@ def open_pools(s, train, order, skip_bad):
 
 def open_teachers(s, model, split, device, skip_bad):
     """The runs of --teachers, which have read the training split."""
+    if not hasattr(model, "contrast"):
+        raise UserError(f"--teachers: the towers imitate, and the model {model.kind} has none", status=2)
     if "itc" not in model.recipe.weights:
         raise UserError("--teachers: the towers imitate, so itc must be among the --objectives", status=2)
     return Teachers(s.teachers.split(","), s.data, split, device, skip_bad, s.decode)
@@ -540,16 +546,20 @@ def read_last(path):
     return saved, model
 
 
-def fingerprint(folder, split, samples=2000):
+def fingerprint(folder, split):
     """
     A number that changes with any row or the size of any picture file, and with the pixels of pictures from all over
     the split (of every picture, if there are few). It does not change when the folder is moved.
     """
     files = {readers.file_of(split.references[number])[0] for number in np.unique(split.pictures.index)}
     sizes = [os.path.getsize(os.path.join(folder, file)) for file in sorted(files)]
-    number = zlib.crc32(json.dumps(sizes).encode(), split.digest)
-    for row in range(0, len(split), math.ceil(len(split) / samples)):
-        number = zlib.crc32(split.pictures[[row]].tobytes(), number)
+    return crc_of_pixels(split.pictures, zlib.crc32(json.dumps(sizes).encode(), split.digest))
+
+
+def crc_of_pixels(pictures, number, samples=2000):
+    """A checksum that goes on from `number`, of some of the pictures (of all, if there are few)."""
+    for row in range(0, len(pictures), math.ceil(len(pictures) / samples)):
+        number = zlib.crc32(pictures[[row]].tobytes(), number)
     return number
 
 
@@ -666,7 +676,8 @@ def train(args, given):
     check_negatives(model, splits)
     if s.epochs:
         s = replace(s, steps=math.ceil(s.epochs * len(splits["train"]) / s.batch_size))
-    s = replace(s, data=folder)
+    teacher_runs = ",".join(os.path.abspath(path) for path in s.teachers.split(",") if path)
+    s = replace(s, data=folder, teachers=teacher_runs)
 
     # model and optimiser
     if hasattr(model, "prepare") and not saved:
@@ -686,7 +697,8 @@ def train(args, given):
     if teachers:
         digests["weights of the teachers"] = teachers.digest
     if s.images:
-        digests["names in --images"] = pools["pictures"].digest
+        photos = pools["pictures"]
+        digests["pictures in --images"] = crc_of_pixels(photos.pictures, photos.digest)
     if s.texts:
         digests["lines of --texts"] = pools["captions"].digest
     if saved:
@@ -740,6 +752,7 @@ def train(args, given):
             check_finite(step + 1, numbers, batch.rows[:4].tolist(), out / "last.pt")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            model.learnt |= set(model.active(progress))
             step += 1
 
             if first:
@@ -808,7 +821,9 @@ def main(arguments=None):
     args, given = parse(arguments)
     out, s = train(args, given)
     if s.data == os.path.abspath(TOY) and not given["settings"].get("data"):
-        evaluation.main([str(out), "--device", args.device, "--queries", "100", "--draws", "2"])
+        model = weights.load_run(out)[0]
+        if any(evaluation.fits(model, task) for task in evaluation.TASKS):  # VLMo's early stages have nothing yet
+            evaluation.main([str(out), "--device", args.device, "--queries", "100", "--draws", "2"])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ better than those of each. The new run learns it: distillation of an ensemble (H
 """
 
 import zlib
-from pathlib import Path
+
+import torch
 
 import data
 import eval as evaluation
@@ -22,23 +23,23 @@ class Teachers:
     """
 
     def __init__(self, paths, folder, split, device="cpu", skip_bad=False, decode="auto"):
-        self.towers, self.digest = [], 0
+        images, texts, self.digest = [], [], 0
         for path in paths:
             model, tokenizer, run = weights.load_run(path, device)
-            if "itc" not in model.recipe.weights:
+            if "itc" not in weights.learnt(model):
                 raise UserError(f"--teachers: {path} was not trained for itc, so it has no towers to imitate")
             sizes = (model.config.image_size, model.config.text_len, run.get("fit", "stretch"))
             its_split = data.open_split(folder, "train", tokenizer, model.labels, *sizes, skip_bad, decode)
             if its_split.digest != split.digest:
                 raise UserError(f"--teachers: {path} reads other rows of {folder} than this run")
             towers = evaluation.read_towers(model, its_split, what=f"teacher {path}")
-            self.towers.append((min(100.0, model.log_scale.exp().item()), towers))
-            file = Path(path) / run["checkpoint"] if Path(path).is_dir() else Path(path)
-            self.digest = zlib.crc32(file.read_bytes(), self.digest)
+            images.append(min(100.0, model.log_scale.exp().item()) / len(paths) * towers.images)
+            texts.append(towers.texts)
+            for weight in model.state_dict().values():
+                self.digest = zlib.crc32(weight.cpu().numpy().tobytes(), self.digest)
+        # the mean of the runs' scaled similarities is one product of their vectors, end to end
+        self.images, self.texts = torch.cat(images, dim=1), torch.cat(texts, dim=1)
+        self.picture_of, self.caption_of = towers.picture_of, towers.caption_of
 
     def __call__(self, rows):
-        total = 0
-        for scale, towers in self.towers:
-            images, texts = towers.images[towers.picture_of[rows]], towers.texts[towers.caption_of[rows]]
-            total = total + scale * images @ texts.T
-        return total / len(self.towers)
+        return self.images[self.picture_of[rows]] @ self.texts[self.caption_of[rows]].T

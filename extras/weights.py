@@ -40,10 +40,16 @@ def save(path, model, **rest):
         model=model.state_dict(),
         vocabulary=list(model.vocabulary),
         labels=dict(model.labels),
+        learnt=sorted(learnt(model)),
         **rest,
     )
     with runtime.whole_file(path) as file:
         torch.save(contents, file)
+
+
+def learnt(model):
+    """The objectives that some step has trained, of this run or of the run that it started from; without steps all."""
+    return getattr(model, "learnt", set(model.recipe.weights))
 
 
 def load(path):
@@ -73,6 +79,7 @@ def build(path, contents):
     model = MODELS[kind](config, recipe)
     model.load_state_dict(tensors)
     model.vocabulary, model.labels = contents["vocabulary"], contents["labels"]
+    model.learnt = set(contents.get("learnt", recipe.weights))
     return model.eval()
 
 
@@ -107,6 +114,9 @@ def check_contents(path, contents):
         if not are_settings(contents[name]):
             raise UserError(f"{path}: damaged ({name} must map names to plain values)")
     words, vocab_size = contents["vocabulary"], contents["config"].get("vocab_size")
+    names = contents.get("learnt", [])
+    if type(names) is not list or not all(type(name) is str for name in names):
+        raise UserError(f"{path}: damaged (learnt must be names of objectives)")
     if not all(type(word) is str for word in words) or (words and len(words) != vocab_size):
         raise UserError(f"{path}: damaged (vocabulary must be {quoted(vocab_size)} words)")
     check_labels(path, contents["labels"], contents["config"])

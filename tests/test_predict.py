@@ -660,16 +660,18 @@ def test_an_untrained_part_is_refused_by_name(tmp_path, photos):
             ask()
 
 
-@pytest.mark.parametrize("step, steps, start, trained", [
-    (10, 20, "", False), (11, 20, "", True), (10, 20, "runs/0", True), (None, 20, "", True), (10, 0, "", True),
-])
-def test_an_objective_counts_as_trained_from_its_first_step_on(tmp_path, photos, step, steps, start, trained):
-    recipe = {"objectives": "itm,itc", "itm_from": 0.5, "mask_pictures": 0.0}
-    folder = save_run(tmp_path / "early", recipe=recipe, step=step, steps=steps, start=start)
-    run, image = predict.load(folder), paths(photos)[0]
+@pytest.mark.parametrize("learnt", [{"itc"}, {"itm", "itc"}])
+def test_a_command_asks_for_what_has_been_trained_so_far(tmp_path, photos, learnt):
+    folder = save_run(tmp_path / "early", recipe={"objectives": "itm,itc", "mask_pictures": 0.0})
+    model, image = weights.load(folder / "last.pt"), paths(photos)[0]
+    model.learnt = learnt
+    weights.save(folder / "last.pt", model, step=10, run={"steps": 20})
+    run = predict.load(folder)
     predict.index(run, photos)
-    assert len(predict.search(run, "coat", predict.open_index(run), best=0)) == 9
-    with contextlib.nullcontext() if trained else pytest.raises(UserError, match="itm trains later .* step 10 of 20"):
+    found = predict.search(run, "coat", predict.open_index(run), best=9)
+    assert len(found) == 9 and all((answer["match"] is not None) == ("itm" in learnt) for answer in found)
+    refused = pytest.raises(UserError, match="itm trains later in the run, and last.pt is of step 10 of 20")
+    with contextlib.nullcontext() if "itm" in learnt else refused:
         predict.score(run, image, "coat")
 
 

@@ -740,9 +740,15 @@ def test_changed_pictures_and_lines_without_a_pair_are_refused(shop, tmp_path):
     lines.write_text("a red coat\na green hat\n")
     (photos / "b.png").write_bytes((photos / sorted(os.listdir(photos))[-1]).read_bytes())
     said = message(in_process, run, *RESUME)
-    assert re.search(r"another run: names in --images \(was .*\), lines of --texts \(was \d+, now \d+\); start", said)
+    assert re.search(r"run: pictures in --images \(was .*\), lines of --texts \(was \d+, now \d+\); start", said)
     lines.write_text("a red coat\na blue hat\n")
     (photos / "b.png").unlink()
+    first, *_, last = sorted(photos.glob("*.png"))
+    before = first.read_bytes()
+    first.write_bytes(last.read_bytes())  # another picture by the same name
+    said = message(in_process, run, *RESUME)
+    assert re.search(r"another run: pictures in --images \(was \d+, now \d+\); start", said)
+    first.write_bytes(before)
     in_process(run, *RESUME)
 
 
@@ -1248,6 +1254,12 @@ def test_teachers_that_cannot_teach_are_refused(unbroken, shop, tmp_path):
     blind = in_process(tmp_path / "blind", *base, "--objectives", "mlm", "--hard-from", 1)
     with pytest.raises(UserError, match=f"--teachers: {blind} was not trained for itc, so it has no towers"):
         in_process(tmp_path / "run", *base, "--teachers", blind)
+    small = ["--data", shop, "--batch-size", 4]
+    early = stop_in_step(0, tmp_path / "early", "--model", "vlmo", *flags_of("vlmo"), *small)  # in its first stage
+    with pytest.raises(UserError, match=f"--teachers: {early} was not trained for itc, so it has no towers"):
+        in_process(tmp_path / "run", *base, "--teachers", early)
+    with pytest.raises(UserError, match="--teachers: the towers imitate, and the model kaleido has none"):
+        in_process(tmp_path / "run", "--model", "kaleido", *flags_of("kaleido"), *small, "--teachers", unbroken)
     with pytest.raises(UserError, match="nowhere: no run here"):
         in_process(tmp_path / "run", *base, "--teachers", tmp_path / "nowhere")
     with pytest.raises(UserError, match="--teachers: .* itc must be among the --objectives"):
@@ -1255,12 +1267,45 @@ def test_teachers_that_cannot_teach_are_refused(unbroken, shop, tmp_path):
     in_process(tmp_path / "elsewhere", *base, "--data", other, "--teachers", unbroken)  # another shop's run may teach
 
 
-def test_a_stopped_run_goes_on_with_the_same_teachers_only(unbroken, plain, shop, tmp_path):
+def test_a_run_knows_what_it_and_the_run_before_it_have_learnt(shop, tmp_path):
+    base = [*TINY, *RUN, "--data", shop, "--objectives", "itm,itc,mlm,cr"]
+    towers = in_process(tmp_path / "towers", *TINY, *RUN, "--data", shop, "--objectives", "itc,cr", "--hard-from", 1)
+    whole = in_process(tmp_path / "whole", *base, "--itm-from", 0.5)
+    early = stop_in_step(0, tmp_path / "early", *base, "--itm-from", 0.5)
+    later = stop_in_step(0, tmp_path / "later", *base, "--itm-from", 0.5, "--from", towers)
+    learnt = [weights.learnt(weights.load_run(path)[0]) for path in (towers, whole, early, later)]
+    assert learnt == [{"itc", "cr"}, {"itm", "itc", "mlm", "cr"}, {"itc"}, {"itc", "cr"}]
+    in_process(later, *RESUME)
+    assert weights.learnt(weights.load(later / "last.pt")) == {"itm", "itc", "mlm", "cr"}
+    other = shutil.copytree(shop, tmp_path / "other", ignore=shutil.ignore_patterns(".cache"))
+    for file in other.glob("*.jsonl"):  # other classes: the recognition heads begin anew
+        file.write_text(file.read_text().replace('"subcategory": "', '"subcategory": "new '))
+    anew = stop_in_step(0, tmp_path / "anew", *base, "--itm-from", 0.5, "--from", towers, "--data", other)
+    assert weights.learnt(weights.load(anew / "last.pt")) == {"itc"}
+
+
+def test_a_stage_that_has_nothing_to_measure_yet_ends_without_an_evaluation(shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "TOY", str(shop))  # as if the toy shop had been drawn there
+    monkeypatch.setattr(train.toy, "make", lambda folder: None)
+    asked = []
+    monkeypatch.setattr(train.evaluation, "main", lambda arguments: asked.append(arguments[0]))
+    stage = ["--model", "vlmo", *flags_of("vlmo"), "--steps", 1, "--batch-size", 4, "--workers", 0]
+    in_process("image", *stage, "--preset", "image")
+    in_process("text", *stage, "--preset", "text", "--from", "image")
+    in_process("demo", *ONE_STEP, "--from", in_process("first", *ONE_STEP))
+    assert asked == ["first", "demo"]
+
+
+def test_a_stopped_run_goes_on_with_the_same_teachers_only(unbroken, plain, shop, tmp_path, monkeypatch):
     teacher = shutil.copytree(unbroken, tmp_path / "teacher")
-    run = stop_in_step(0, tmp_path / "run", *TINY, *RUN, "--data", shop, "--teachers", teacher)
+    named = os.path.relpath(teacher)
+    run = stop_in_step(0, tmp_path / "run", *TINY, *RUN, "--data", shop, "--teachers", named)
     for other, now in ((plain, r"\d+"), ("", "None")):
         rule = rf".* is another run: weights of the teachers \(was \d+, now {now}\); start"
         assert re.match(rule, message(in_process, run, *RESUME, "--teachers", other))
+    monkeypatch.chdir(tmp_path)  # another folder than the run was begun in
+    in_process(shutil.copytree(run, tmp_path / "copy"), *RESUME)
     moved = teacher.rename(tmp_path / "moved")
     in_process(run, *RESUME, "--teachers", moved)
 
