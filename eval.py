@@ -239,7 +239,7 @@ def rank(model, split, asked, towers=None, best=20, everything=True, batch_size=
     reads `everything`. towers: from `read_towers`, None for a run without. No pair is read twice.
     """
     nearest = [rank_by_towers(towers, questions, best) if towers else None for questions in asked]
-    if "itm" not in model.recipe.weights:
+    if "itm" not in weights.learnt(model):
         return [Ranking({"towers": ranked}, columns[:, :5], near[:, :5]) for ranked, columns, near in nearest]
     everything = everything or towers is None
     read = asked if everything else [questions.cut(found[1]) for questions, found in zip(asked, nearest)]
@@ -299,7 +299,7 @@ def full_gallery(model, split, towers, queries=None, best=20, seed=0, batch_size
         results[questions.way] = {method: recalls(ranked) for method, ranked in ranking.ranks.items()}
         size, gallery = questions.right.shape
         results["scores_in_all"] += size * gallery
-        if "itm" in model.recipe.weights:
+        if "itm" in weights.learnt(model):
             results["scores_used"] += size * (min(best, gallery) if towers else gallery)
     return results
 
@@ -530,9 +530,9 @@ def parse(arguments=None):
 
 
 def fits(model, task):
-    """Whether the model has what the task asks for, and trains one of the objectives that it measures."""
+    """Whether the model has what the task asks for, and has been trained for it."""
     objectives, method = TASKS[task]
-    return hasattr(model, method) and not model.recipe.weights.keys().isdisjoint(objectives)
+    return hasattr(model, method) and not weights.learnt(model).isdisjoint(objectives)
 
 
 def choose_tasks(args, models):
@@ -544,7 +544,7 @@ def choose_tasks(args, models):
     asked, chosen = named if args.tasks else [task for task in TASKS if task != unusual], {}
     for name, model in models.items():
         chosen[name] = [task for task in asked if fits(model, task)]
-    trained = "; ".join(f"{name}: {','.join(model.recipe.weights)}" for name, model in models.items())
+    trained = "; ".join(f"{name}: {','.join(sorted(weights.learnt(model)))}" for name, model in models.items())
     for task in named:
         if not any(task in tasks for tasks in chosen.values()):
             raise UserError(f"{task}: needs a run that was trained for {' or '.join(TASKS[task][0])} ({trained})")
@@ -617,7 +617,7 @@ def measure(args, run, draws):
     """All of one run's tasks -> its results, and its figures as HTML."""
     model, split, size, towers = run.model, run.split, args.batch_size, None
     results, html = {"about": about(run)}, []
-    if "itc" in model.recipe.weights and {"retrieval", "full_gallery"} & set(run.tasks):
+    if "itc" in weights.learnt(model) and {"retrieval", "full_gallery"} & set(run.tasks):
         towers = read_towers(model, split, size, f"{run.name}, towers")
     for task in run.tasks:
         what = f"{run.name}, {task.replace('_', ' ')}"
@@ -637,7 +637,7 @@ def measure(args, run, draws):
         elif task == "pretext":
             with runtime.evaluating(model):
                 results[task] = model.pretext(split, functools.partial(data.generator, args.seed, "pretext"))
-            if "sat" in model.recipe.weights:
+            if "sat" in weights.learnt(model):
                 html += report.alignment_figure(figures.aligned_words(model, split))
         else:
             results[task] = full_gallery(model, split, towers, args.queries, args.best, args.seed, size, what)

@@ -884,6 +884,21 @@ def test_a_run_is_measured_on_what_it_was_trained_for(store, objectives, flags, 
             evaluation.choose_tasks(args, models)
 
 
+def test_a_run_is_measured_on_what_has_been_trained_so_far(store):
+    model = store.make_model("itm,itc,mir,cr")
+    for learnt, tasks in (({"itc"}, ["retrieval"]), ({"itm", "cr"}, ["retrieval", "recognition"])):
+        model.learnt = learnt
+        assert evaluation.choose_tasks(evaluation.parse(["early"]), {"early": model}) == {"early": tasks}
+    towers = evaluation.read_towers(model, store.split)
+    asked = [evaluation.from_lists("tir", two_draws(store.split)[0]["tir"])]
+    for learnt, methods in (({"itc"}, {"towers"}), ({"itm", "itc"}, {"towers", "reranked", "fusion"})):
+        model.learnt = learnt
+        assert evaluation.rank(model, store.split, asked, towers)[0].ranks.keys() == methods
+    model.learnt = set()
+    with pytest.raises(UserError, match="early: was trained for nothing that is to be measured here"):
+        evaluation.choose_tasks(evaluation.parse(["early"]), {"early": model})
+
+
 def refuses(said, *arguments):
     with pytest.raises(UserError, match=said) as error:
         run_main(*arguments)
