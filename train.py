@@ -432,7 +432,8 @@ def make_model(s, config, recipe, tokenizer, labels):
         transplant(old, model, heads_too=old.labels == labels)
     if s.start:
         model.learnt = weights.learnt(old) & set(model.recipe.weights)
-        model.learnt -= set() if old.labels == labels else {"cr"}  # its heads are fresh
+        if old.labels != labels:
+            model.learnt -= {"cr"}  # its heads are fresh
     if part:
         weights.load_part(s.model, model, part)
         origin = f"the weights in {s.init}"
