@@ -547,14 +547,14 @@ def read_last(path):
     return saved, model
 
 
-def fingerprint(folder, split):
+def fingerprint(folder, split, samples=2000):
     """
     A number that changes with any row or the size of any picture file, and with the pixels of pictures from all over
     the split (of every picture, if there are few). It does not change when the folder is moved.
     """
     files = {readers.file_of(split.references[number])[0] for number in np.unique(split.pictures.index)}
     sizes = [os.path.getsize(os.path.join(folder, file)) for file in sorted(files)]
-    return crc_of_pixels(split.pictures, zlib.crc32(json.dumps(sizes).encode(), split.digest))
+    return crc_of_pixels(split.pictures, zlib.crc32(json.dumps(sizes).encode(), split.digest), samples)
 
 
 def crc_of_pixels(pictures, number, samples=2000):
