@@ -118,7 +118,7 @@ class Settings:
 
 
 FROM_THE_DATA = {"vocab_size", "n_category", "n_subcategory"}  # fields of a Config that the data decides
-# What --resume may change: no result depends on it, dropout and rounding aside, or its contents are compared instead
+# What --resume may change: results depend on it by dropout and rounding at most, or its contents are compared instead
 MAY_CHANGE = {"micro_batch", "workers", "decode", "recompute", "log_every", "save_every"}
 MAY_CHANGE |= {"data", "init", "start", "vocab", "teachers"}
 

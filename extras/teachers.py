@@ -39,7 +39,7 @@ class Teachers:
                 self.digest = zlib.crc32(weight.cpu().numpy().tobytes(), self.digest)
         # the mean of the runs' scaled similarities is one product of their vectors, end to end
         self.images, self.texts = torch.cat(images, dim=1), torch.cat(texts, dim=1)
-        self.picture_of, self.caption_of = towers.picture_of, towers.caption_of
+        self.picture_of, self.caption_of = towers.picture_of, towers.caption_of  # the rows are the same for all
 
     def __call__(self, rows):
         return self.images[self.picture_of[rows]] @ self.texts[self.caption_of[rows]].T

@@ -48,7 +48,7 @@ def save(path, model, **rest):
 
 
 def learnt(model):
-    """The objectives that some step has trained, of this run or of the run that it started from; without steps all."""
+    """The objectives trained so far, in this run or the one that it started from; all of them if nobody kept count."""
     return getattr(model, "learnt", set(model.recipe.weights))
 
 
