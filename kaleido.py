@@ -24,6 +24,8 @@ one training step does, Eq. 1 to 8) is `Kaleido.plan` and `Kaleido.answers`.
 Letters: B pairs of a slice, G pairs of the global batch, L words, H the picture's side, k the level 1..5 with k^2
 patches K_k, 55 patches in all, p a patch's side in pixels, F width of a patch's feature, D width, N blocks, A heads,
 V vocabulary, g side of the captioner's grid of cells, S its width, M the number of words to hide in a caption.
+AMLM is aligned masked language modelling. AKPM, aligned kaleido patch modelling, has five tasks: RR rotation, JPS
+jigsaw puzzle, CP camouflage, G2CM grey to colour, B2CM blank to colour.
 The authors' repository holds the transformer alone; what stands here for the rest says so on its line.
 Departures from the paper and from the authors' code are named on the line where they happen; PAPER.md lists them.
 """
@@ -138,8 +140,10 @@ class Recipe:
     )
     align_from: float = setting(0.2, "Share of the steps that train the captioner alone; then it is frozen.")
     foreground: bool = setting(True, "KPG: cut the patches from the box of the object, not from the whole picture.")
-    unmasked_itm: bool = setting(True, "Matching and recognition read unchanged pairs only; no: all pairs are changed.")
-    change_pairs: float = setting(0.5, "With unmasked_itm: probability of changing a pair, for mlm and rr to b2cm.")
+    unmasked_itm: bool = setting(True, "ITM and recognition read unchanged pairs only; no: all pairs are changed.")
+    change_pairs: float = setting(
+        0.5, "With unmasked_itm: probability of changing a pair (words, patches), for mlm and rr, jps, cp, g2cm, b2cm."
+    )
     mask_words: float = setting(0.15, "Share of a caption's words that are hidden, at least one.")
     max_masked: int = setting(10, "Most words that are hidden in a caption.")
     drop_caption: float = setting(
@@ -158,6 +162,8 @@ class Recipe:
         require(alone, "objectives", "must name caption alone: it reads captions that are all [MASK]", self.objectives)
         serves = bool(chosen - {"sat"})
         require(serves, "objectives", "must name more than sat: the captioner serves others", self.objectives)
+        rule = "must be below 1, so that itm reads pairs that match, too"
+        require(self.drop_caption < 1 or not {"itm", "cr"} <= chosen, "drop_caption", rule, self.drop_caption)
         if self.unmasked_itm and CHANGES & chosen:
             rule = "must be above 0, so that mlm and rr to b2cm can read pairs"
             require(self.change_pairs > 0, "change_pairs", rule, self.change_pairs)
@@ -926,7 +932,7 @@ class Kaleido(nn.Module):
             matched = matched | changed  # a changed pair is for AMLM and AKPM, not for matching
         captions = rows if matched.all() else torch.where(matched, rows, split.negatives(rows, draw("negatives")))
         name = matched & ~(changed & r.unmasked_itm)  # CR, SUB: true pairs as they come at test time
-        no_caption = name & ("cr" in active) & (torch.rand(G, generator=draw("bare")) < r.drop_caption)
+        no_caption = name & ~changed & ("cr" in active) & (torch.rand(G, generator=draw("bare")) < r.drop_caption)
         tokens = split.tokens[captions]
         tokens = trim(torch.where(no_caption[:, None], empty_captions(split.tokenizer, tokens), tokens))
 

@@ -13,15 +13,17 @@ stage 3   n  (B, HW/16^2, D3)   --- z = <m; n>, M3 blocks ---    m  (B, L, D3)  
 stage 4   n  (B, HW/32^2, D4)   --- z = <m; n>, M4 blocks ---    m  (B, L, D4)    ->  V4, T4
           |                                                      |
 V1..V4 -> U-Net decoder -> MIR: the picture (Eq. 5)              |-- T4 at [CLS]      -> ITM: do they match? (Eq. 6)
-V3, V4 -> picture tower --- ITC (not in the paper) ---           |                       M-CR, S-CR: categories
-                                                                 |-- T4 where hidden  -> MLM: which word? (Eq. 7)
-                                                                 '-- mean of T4       -> caption tower
+                                                                 |                       M-CR, S-CR: categories
+                                                                 '-- T4 where hidden  -> MLM: which word? (Eq. 7)
 
-Letters: B pairs of a slice, G pairs of the global batch, L words, H and W the picture's sides, P patch side,
-k the stage 1..4, D_k its width, M_k its depth, N its patches (HW/P^2 in stage 1, then a quarter of the number before),
-R PVT's spatial reduction of keys and values (Table 1's R_k, 4 to 32, is another number: the picture's side over the
-map's), alpha P the side of a masking unit, Q the number of units, r_v and r_l the shares of pixels and words that are
-hidden. The code counts stages from 0.
+Not in the paper: two towers, trained by a contrastive loss (ITC). The same stages read a picture alone (V3, V4 -> image
+tower) and a caption alone (mean of T4 -> text tower). ITM also lets both towers read a fused pair (`match_pair`).
+
+Letters: B pairs of a slice (the part of a batch that one forward pass reads), G pairs of the global batch, L words
+(BERT's word pieces), H and W the picture's sides, P patch side, k the stage 1..4, D_k its width, M_k its depth, N its
+patches (HW/P^2 in stage 1, then a quarter of the number before), R PVT's spatial reduction of keys and values (Table
+1's R_k, 4 to 32, is another number: the picture's side over the map's), alpha P the side of a masking unit, Q the
+number of units, r_v and r_l the shares of pixels and words that are hidden. The code counts stages from 0.
 Departures from the paper and from the authors' code are named on the line where they happen; PAPER.md lists them.
 """
 
@@ -86,7 +88,7 @@ class Config:
     sr_ratios: tuple = setting((8, 4, 2, 1), "R, PVT's spatial reduction: R x R patches become one key.")
     drop_path: float = setting(0.1, "Stochastic depth: rises linearly from 0 in the first block to this rate.")
     dropout: float = setting(0.1, "Dropout of the word input.")
-    attend_padding: bool = setting(False, "Attend to padding, as the authors' code does.")
+    attend_padding: bool = setting(False, "Pad all captions to text_len and attend to it, as the authors' code does.")
     n_category: int = setting(0, "Number of main categories (M-CR); 0 leaves the head out.")
     n_subcategory: int = setting(0, "Number of sub-categories (S-CR); 0 leaves the head out.")
     embed_dim: int = setting(256, "Width of the towers' vectors, the space in which pictures and captions meet.")
@@ -124,7 +126,8 @@ class Config:
 
 
 PRESETS = {
-    # pico and nano are ours, for a laptop: PVT's reductions halved, at 64 px 16 patches are keys (stage 4: 4)
+    # pico and nano are ours, for a laptop: smaller reductions than PVT's, so that at 64 px stages 1 to 3 still have 16
+    # image keys (stage 4: 4)
     "pico": dict(
         dims=(32, 64, 96, 128), heads=(1, 2, 3, 4), mlp_ratios=(4, 4, 4, 4), sr_ratios=(4, 2, 1, 1), token_dim=128,
         image_size=64, text_len=48, embed_dim=128,
@@ -179,9 +182,8 @@ class Recipe:
     mask_unit: int = setting(16, "alpha P, the side of a masking unit in pixels.")
     mask_pictures: float = setting(0.3, "Probability of masking a picture.")
     mask_words: float = setting(0.15, "r_l, the share of the words that are hidden.")
-    unmasked_itm: bool = setting(True, "Matching reads unmasked pairs only; no: every pair, as the paper.")
+    unmasked_itm: bool = setting(True, "ITM reads unmasked pairs only; no: every pair, as in the authors' code.")
     itm_from: float = setting(0.1, "Train the towers alone (itc) until this share of the steps.")
-    input_dropout: float = setting(0.0, "Share of the words and of the masking units that training leaves out.")
     smoothing: float = setting(0.0, "Label smoothing of the contrastive loss.")
     hard_from: float = setting(1.0, "From this share of the steps on, the towers choose ITM's negatives (1: never).")
     drop_caption: float = setting(
@@ -197,7 +199,7 @@ class Recipe:
         require(type(self.unmasked_itm) is bool, "unmasked_itm", "must be True or False", self.unmasked_itm)
         require_whole(self, dict(mask_unit=1))
         require_range(self, ("mask_ratio", "mask_pictures", "mask_words", "hard_from", "drop_caption"), 0, 1)
-        require_range(self, ("itm_from", "input_dropout", "smoothing"), 0, 1, high_included=False)
+        require_range(self, ("itm_from", "smoothing"), 0, 1, high_included=False)
         rule = "must be 1 without itm and itc: the towers choose the wrong captions of matching"
         require(self.hard_from == 1 or {"itm", "itc"} <= chosen, "hard_from", rule, self.hard_from)
         require(self.hard_from < 1 or "distil" not in chosen, "hard_from", "must be below 1 for distil", self.hard_from)
@@ -207,6 +209,8 @@ class Recipe:
         if only_masked & chosen:
             rule = f"must be above 0, so that {' and '.join(sorted(only_masked & chosen))} can read pairs"
             require(self.mask_pictures > 0, "mask_pictures", rule, self.mask_pictures)
+        rule = "must be below 1, so that itm reads pairs that match, too"
+        require(self.drop_caption < 1 or not {"itm", "cr"} <= chosen, "drop_caption", rule, self.drop_caption)
         only_unmasked = {"itm", "cr"} if self.unmasked_itm else {"cr"}
         if only_unmasked & chosen:
             rule = f"must be below 1, so that {' and '.join(sorted(only_unmasked & chosen))} can read pairs"
@@ -238,7 +242,7 @@ RECIPES = {"demo": dict(size="pico"), "paper": PAPER, "plus": PLUS, "towers": TO
 
 
 class WordInput(nn.Module):
-    """BERT's input layer: word + position + segment 0, LayerNorm, dropout; of the words a share `missing` is 0."""
+    """BERT's input layer: word + position + segment 0, LayerNorm, dropout."""
 
     def __init__(self, c):
         super().__init__()
@@ -248,11 +252,8 @@ class WordInput(nn.Module):
         self.norm = nn.LayerNorm(c.token_dim, eps=1e-12)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, tokens, missing=0.0):
-        x = self.word(tokens)
-        if missing:
-            x = x * (torch.rand(tokens.shape) >= missing).unsqueeze(2).to(x)
-        x = x + self.position[: tokens.shape[1]] + self.segment
+    def forward(self, tokens):
+        x = self.word(tokens) + self.position[: tokens.shape[1]] + self.segment
         return self.dropout(self.norm(x))  # (B, L, token_dim)
 
 
@@ -300,8 +301,8 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """
-    Linear, GELU, Linear. The backward pass needs the hidden layer, 4 or 8 times as wide, before and after GELU: it is
-    kept once, before, and GELU is computed again.
+    Linear, GELU, Linear. The backward pass needs the hidden layer, 4 or 8 times as wide, before and after GELU. Only
+    the first is kept; GELU is computed again.
     """
 
     AT_ONCE = 1 << 22  # numbers of the hidden layer computed at once on a CPU, so that they stay in its cache
@@ -373,7 +374,7 @@ class Stage(nn.Module):
     def forward(self, image, text, seen, recompute=False):
         """
         V_{k-1} (in stage 1 the picture) and T_{k-1}, (B, L, D_{k-1}); either may be None. seen (B, L) bool: the words
-        that are not padding, None: all.
+        that are not padding, None: all. Returns V_k (B, D_k, side, side) and T_k (B, L, D_k).
         """
         z, words, side = [], 0, 0
         if text is not None:
@@ -463,7 +464,7 @@ class WordHead(nn.Module):
 
     def forward(self, t, word_weight):
         t = self.dense_norm(F.gelu(self.dense(self.norm(self.embed(t)))))
-        logits = word_weight @ t.mT  # (vocabulary, n); in this order its gradient is added to the word input's in place
+        logits = word_weight @ t.mT  # (vocabulary, n); in this order both gradients of the tied table share a buffer
         return logits.mT + self.bias
 
 
@@ -529,26 +530,28 @@ class MVLT(nn.Module):
         Returns visual [V1..V4], maps (B, D_k, H_k, W_k), and text [T1..T4], (B, L, D_k); [] for an absent side.
         """
         c, seen, text = self.config, None, None
-        missing = self.recipe.input_dropout if self.training else 0.0
         require(images is not None or tokens is not None, "encode", "needs images or tokens", None)
         if images is not None:
             rule = f"must be (B, 3, {c.image_size}, {c.image_size})"
             require(images.shape[1:] == (3, c.image_size, c.image_size), "images", rule, tuple(images.shape))
-            if missing:
-                images, _ = mask_images(images, "random", missing, self.recipe.mask_unit)
         if tokens is not None:
             good = tokens.ndim == 2 and 0 < tokens.shape[1] <= c.text_len
             require(good, "tokens", f"must be (B, L) with L in 1..{c.text_len}", tuple(tokens.shape))
-            text = self.words(tokens, missing)
-            if not c.attend_padding:  # the authors' code attends to it, so that more padding changes the result
+            length = tokens.shape[1]
+            if c.attend_padding:  # the authors' code attends to padding, and always reads text_len words
+                tokens = F.pad(tokens, (0, c.text_len - length))
+            else:
                 seen = tokens != 0
                 seen[:, 0] = True  # [CLS], so that even an empty caption leaves a key
+            text = self.words(tokens)
         image, visual, texts = images, [], []
         for stage in self.stages:
             image, text = stage(image, text, seen, self.recompute)
             visual.append(image)
             texts.append(text)
-        return (visual if images is not None else []), (texts if tokens is not None else [])
+        visual = visual if images is not None else []
+        texts = [text[:, :length] for text in texts] if tokens is not None else []
+        return visual, texts
 
     def reconstruct(self, visual):
         """MIR: the picture from its four maps, (B, 3, H, W) in [0, 1]."""
@@ -571,7 +574,7 @@ class MVLT(nn.Module):
     # --- Two towers (not in the paper): the same encoder reads a picture alone and a caption alone ---
 
     def places(self, visual):
-        """What the picture tower reads: V3 and V4, each as at most 4 x 4 normalised places, in one vector a picture."""
+        """What the image tower reads: V3 and V4, each as at most 4 x 4 normalised places, in one vector a picture."""
         parts = []
         for v in visual[2:]:
             v = F.adaptive_avg_pool2d(v, min(4, v.shape[2])).permute(0, 2, 3, 1)  # (B, h, h, D_k)
@@ -579,11 +582,11 @@ class MVLT(nn.Module):
         return torch.cat(parts, dim=1)
 
     def image_vector(self, visual):
-        """The picture tower: unit vectors (B, embed_dim)."""
+        """The image tower: unit vectors (B, embed_dim)."""
         return self.image_tower(self.places(visual))
 
     def text_vector(self, text, tokens):
-        """The caption tower: unit vectors (B, embed_dim), from the mean of T4 over the words that are not padding."""
+        """The text tower: unit vectors (B, embed_dim), from the mean of T4 over the words that are not padding."""
         real = (tokens != 0).unsqueeze(2)  # (B, L, 1)
         return self.text_tower((text[3] * real).sum(1) / real.sum(1).clamp(min=1))
 
@@ -603,9 +606,9 @@ class MVLT(nn.Module):
 
     def match_pair(self, visual, text, tokens):
         """
-        ITM of pairs that were read together, (B, 2) logits. With the objective itc the towers also turn the fused maps
-        and words into vectors; SIMILARITY times their similarity is added to the logit of a match: matching begins from
-        the towers.
+        ITM of pairs that were read together, (B, 2) logits. With the objective itc the towers also read the fused maps
+        and words, and SIMILARITY times the cosine of their two vectors is added to the logit of a match: ITM is better
+        than a guess as soon as the towers are.
         """
         logits = self.match(text)
         if "itc" in self.recipe.weights:
@@ -654,8 +657,7 @@ class MVLT(nn.Module):
 
     def trained(self, progress):
         """
-        The parameters that an active objective uses. The loop freezes the others: weight decay would shrink them, and
-        AdamW's bias correction would count steps without gradient.
+        The names of the parameters that an active objective uses. The loop freezes the others.
         """
         unused = []
         for objective, prefixes in self.heads.items():
@@ -672,21 +674,22 @@ class MVLT(nn.Module):
 
     def plan(self, split, rows, draw, vectors, progress):
         """
-        Everything random about the G pairs `rows`: which captions are wrong, which pixels and words are hidden, and
-        which pairs each objective counts. Returns ({name: (G, ...)}, {objective: number of items}).
+        Everything random about the G pairs `rows` of a split: which captions are wrong, which pixels and words are
+        hidden, and which pairs each objective counts. draw(what): the generator of one draw. vectors (2, G, embed_dim):
+        the towers', None without itc. Returns ({name: (G, ...)}, {objective: number of items}).
         """
         r, G = self.recipe, len(rows)
         objectives = [name for name in self.active(progress) if name != "itc"]
         if not objectives:
             return {}, {}
         read_masked = {"mir", "mlm"} if r.unmasked_itm else {"mir", "mlm", "itm"}
-        masked = torch.rand(G, generator=draw("hide")) < r.mask_pictures
+        masked = torch.rand(G, generator=draw("hide")) < r.mask_pictures  # paper: always; authors: every other batch
         masked = masked & bool(read_masked & set(objectives))  # no pair is masked that no objective would read
         matched = torch.ones(G, dtype=torch.bool)
         if "itm" in objectives:
             matched = torch.randperm(G, generator=draw("match")) % 2 == 0  # half of the pairs get a wrong caption
         if r.unmasked_itm:
-            matched = matched | masked  # a masked pair is for rebuilding, not for matching
+            matched = matched | masked  # a masked pair is for rebuilding, and so keeps its own caption
         hard = vectors is not None and r.hard_from < 1 and progress >= r.hard_from
         if hard:
             vectors = vectors.cpu().float()
@@ -712,8 +715,8 @@ class MVLT(nn.Module):
         size = (self.config.image_size, self.config.image_size)
         units = draw_units(G, size, r.mask_style, r.mask_ratio, r.mask_unit, draw("units"))
 
-        rebuild = matched & masked  # MIR: true pairs with hidden pixels
-        predict = where & (matched & words_masked)[:, None]  # MLM: hidden words of true pairs
+        rebuild = matched & masked  # MIR: true pairs with hidden pixels (authors: wrong pairs, too)
+        predict = where & (matched & words_masked)[:, None]  # MLM: hidden words of true pairs (authors: likewise)
         judge = ~no_caption & ~(masked & r.unmasked_itm)  # ITM: with unmasked_itm, pairs as they come at test time
         name = matched & ~masked  # recognition: true pairs whose picture is whole
         category, share_category = share_known(split.categories[rows], name)
@@ -741,9 +744,10 @@ class MVLT(nn.Module):
     def losses(self, images, plan):
         """{objective: sum over the items of this slice}; images (B, 3, H, W), plan: this slice of `plan`'s tensors."""
         objectives, losses = self.recipe.weights, {}
-        masked, _ = hide(images, plan["units"])
-        visual, text = self.encode(None if self.recipe.modality == "text" else masked, plan["tokens"])
+        shown, _ = hide(images, plan["units"])
+        visual, text = self.encode(None if self.recipe.modality == "text" else shown, plan["tokens"])
         rebuild, judge, predict = plan["rebuild"], plan["judge"], plan["predict"]
+        # The losses of Eq. 5 to 7 are means; times the number of their items they are sums, as the loop needs them.
         if "mir" in objectives and rebuild.any():  # pixel_shuffle has no gradient for an empty batch
             rebuilt = self.reconstruct([v[rebuild] for v in visual])
             losses["mir"] = rebuild.sum() * mir_loss(rebuilt, images[rebuild])
@@ -765,8 +769,8 @@ class MVLT(nn.Module):
 
 def hard_negatives(logits, same, hard, generator):
     """
-    For each row of logits (G, G) the place of another column, (G,) int64, never one that is the same (G, G): for a
-    share `hard` of the rows in proportion to exp(logits), for the rest uniformly; -1 where all columns are the same.
+    One negative for each row of logits (G, G): a column that same (G, G) does not mark, (G,) int64, or -1 if there is
+    none. A share `hard` of the rows draws in proportion to exp(logits), the others uniformly.
     """
     easy = torch.rand(len(logits), generator=generator) >= hard
     none = same.all(dim=1)
@@ -902,8 +906,8 @@ def mask_tokens(tokens, vocab_size, mask_id, special_ids, ratio=0.15, generator=
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses: Eq. 5 to 7, each a mean over what is there to predict (and 0, with gradient 0, where nothing is).
-# Eq. 8, their weighted sum, is `Recipe.weights` and the training loop.
+# Losses: Eq. 5 to 7, each a mean over what is there to predict (and 0, with gradient 0, where nothing is); ours are
+# sums. Eq. 8, their weighted sum, is `Recipe.weights` and the training loop.
 
 
 def mir_loss(rebuilt, images):
@@ -924,10 +928,10 @@ def mlm_loss(logits, words):
 
 def itc_loss(image_vectors, text_vectors, log_scale, same, smoothing=0.0, taught=None):
     """
-    Image-text contrastive loss (not in the paper): InfoNCE both ways between unit vectors (B, embed_dim).
-    same (B, B) bool: True where two entries share their product or caption; off the diagonal these are no negatives.
-    smoothing: the share of the target that is spread evenly over an entry's pair and its negatives.
-    taught (B, B): the scaled similarities, picture x caption, that teachers find; TAUGHT of the target is theirs.
+    Image-text contrastive loss (not in the paper): InfoNCE both ways between unit vectors (G, embed_dim).
+    same (G, G) bool: True where two entries share their product or caption; off the diagonal these are left out of the
+    softmax. smoothing: the share of the target that is spread evenly over an entry's pair and its negatives.
+    taught (G, G): the scaled similarities, picture x caption, of the teachers; their softmax is TAUGHT of the target.
     """
     scale = log_scale.float().clamp(max=math.log(100)).exp()
     with torch.autocast(image_vectors.device.type, enabled=False):  # fp32: near 14, bf16 has steps of 0.06
@@ -951,8 +955,8 @@ def itc_loss(image_vectors, text_vectors, log_scale, same, smoothing=0.0, taught
 
 def distil_loss(fused, alone):
     """
-    Distillation (not in the paper), a sum over n pairs: fused (2, n, embed_dim) are the vectors of picture and
-    caption read together, alone those of each read by itself; 1 - their cosine, a mean over the two.
+    Distillation (not in the paper), a sum over n pairs of 1 - cosine(fused, alone), the mean of picture and caption:
+    fused (2, n, embed_dim) are their vectors when they are read together, alone those of each read by itself.
     """
     return (1 - (fused * alone).sum(2)).mean(0).sum()
 

@@ -16,8 +16,8 @@ A trained run and your own pictures and words.
 A command works with every model that can do it and whose run trained it; otherwise one line says what is missing.
 Each command is also a function: predict.score(predict.load("runs/1"), "coat.jpg", "a coat").
 
-The cost of a search: the caption tower embeds the query, N E multiply-adds find the nearest pictures, and the fusion
-encoder reads the K best of them with the query, which is most of the time. --best 5 reads fewer, --best 0 none.
+The cost of a search: the text tower embeds the query, N E multiply-adds find the nearest pictures, and the fusion
+encoder reads the best of them with the query, which takes most of the time. --best 5 reads fewer, --best 0 none.
 
 Letters: N pictures in an index, E width of the towers' vectors, H = W a picture's sides, L words, V vocabulary.
 """
@@ -283,7 +283,7 @@ def align(run, image, text):
 
 
 def embed_pictures(run, pixels):
-    """The picture tower's vectors of pictures (n, H, W, 3) uint8: (n, E) float32."""
+    """The image tower's vectors of pictures (n, H, W, 3) uint8: (n, E) float32."""
     vectors = [np.empty((0, run.model.config.embed_dim), np.float32)]
     with inference(run) as device:
         for start in range(0, len(pixels), BATCH):
@@ -317,7 +317,7 @@ def find_rows(folder):
 
 def index(run, folder, name=None):
     """
-    Embed all pictures of a folder by the picture tower into RUN/index-NAME (by default the folder's name).
+    Embed all pictures of a folder by the image tower into RUN/index-NAME (by default the folder's name).
     Returns that path, how many pictures it holds, and those left out, as lines.
     """
     needs(run, "index")

@@ -42,6 +42,7 @@ from extras.tokenizer import Tokenizer
 from mvlt import require, require_range, require_whole, setting
 
 TOY = "toy"  # where the demo's shop is drawn
+TEACHERS, IMAGES, TEXTS = "weights of the teachers", "pictures in --images", "lines of --texts"  # what a digest is of
 LARGE_TENSOR = 100 << 20  # bytes; larger tensors go back to the system, because long-lived ones would leave holes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,11 +54,11 @@ class Settings:
     """One run. A recipe (--preset) of the model's file replaces some of these defaults."""
 
     model: str = setting("mvlt", "Model: mvlt, kaleido or vlmo.")
-    size: str = setting("nano", "Size of the model.")
+    size: str = setting("nano", "Size of the model; the authors' own checkpoint (--init) brings its size with it.")
     preset: str = setting("demo", "Recipe of the model.")
     data: str = setting("", "Folder with the data set; without it the toy shop is drawn into ./toy.")
-    images: str = setting("", "Folder of photos without captions, for a stage on pictures alone (no test pictures!).")
-    texts: str = setting("", "File of captions, one a line, for a stage on captions alone.")
+    images: str = setting("", "VLMo: folder of photos, none of them of a test split, for its stage on pictures alone.")
+    texts: str = setting("", "VLMo: file of captions, one a line, for its stage on captions alone.")
     fit: str = setting("stretch", "How a picture becomes square: stretch (the paper) or pad.")
     decode: str = setting("auto", "Decoded pictures: kept on the disk, live (decoded when needed), or auto.")
     vocab: str = setting("", "A vocab.txt in BERT's format; default: the data folder's, or learnt from its captions.")
@@ -65,19 +66,19 @@ class Settings:
     init: str = setting(
         "", "Other people's weights to start from, a file or several (a,b): PVT, BERT, ResNet-50, BEiT, the authors'."
     )
-    start: str = setting("", "Fine-tuning: a run whose weights to start from; --data and --fit are then its own, too.")
-    teachers: str = setting("", "Runs whose towers the towers of this one imitate, separated by commas (itc).")
+    start: str = setting("", "Fine-tuning: start from this run's weights; --data and --fit are its own by default.")
+    teachers: str = setting("", "Earlier runs (a,b) whose similarities the towers of this run imitate; needs itc.")
     steps: int = setting(300, "Number of steps.")
-    epochs: float = setting(0.0, "Number of passes over the training split, instead of --steps.")
+    epochs: float = setting(0.0, "Number of passes over the training split's pairs, instead of --steps.")
     batch_size: int = setting(128, "Global batch size G, over all processes.")
-    micro_batch: int = setting(0, "Gradient accumulation: most pairs in memory at once per process (0: no limit).")
-    optimizer: str = setting("muon", "muon (AdamW for embeddings, vectors, first and last layers) or adamw.")
+    micro_batch: int = setting(0, "Gradient accumulation: pairs per forward pass and process (0: all). Saves memory.")
+    optimizer: str = setting("muon", "muon (for the hidden matrices, with AdamW for all other weights) or adamw.")
     lr: float = setting(4e-3, "Peak learning rate.")
     final_lr: float = setting(1e-4, "Learning rate at the end of the cosine.")
     warmup: float = setting(0.05, "Share of the steps over which the learning rate rises.")
     weight_decay: float = setting(1e-4, "Weight decay of matrices; norms and biases have none.")
     beta2: float = setting(0.999, "AdamW's second beta.")
-    clip: float = setting(1.0, "Gradient clipping: largest norm of the gradient.")
+    clip: float = setting(1.0, "Clip the norm of the gradient at this value.")
     mirror: float = setting(0.0, "Augmentation: probability of mirroring a picture.")
     shift: int = setting(0, "Augmentation: move pictures by up to this many pixels.")
     zoom: float = setting(0.0, "Augmentation: width and height of the crop each vary by up to this fraction.")
@@ -85,8 +86,8 @@ class Settings:
     bf16: bool = setting(True, "Mixed precision where the device gains from it.")
     recompute: bool = setting(False, "Recompute activations in the backward pass: less memory, a third more work.")
     workers: int = setting(0, "Loader processes.")
-    log_every: int = setting(20, "Number of steps from one line of the log to the next.")
-    save_every: int = setting(100, "Number of steps from one validation, and checkpoint, to the next.")
+    log_every: int = setting(20, "Log every so many steps.")
+    save_every: int = setting(100, "Validate and save a checkpoint every so many steps.")
 
     def __post_init__(self):
         for field in fields(self):
@@ -120,7 +121,7 @@ class Settings:
 FROM_THE_DATA = {"vocab_size", "n_category", "n_subcategory"}  # fields of a Config that the data decides
 # What --resume may change: results depend on it by dropout and rounding at most, or its contents are compared instead
 MAY_CHANGE = {"micro_batch", "workers", "decode", "recompute", "log_every", "save_every"}
-MAY_CHANGE |= {"data", "init", "start", "vocab", "teachers"}
+MAY_CHANGE |= {"data", "images", "texts", "init", "start", "vocab", "teachers"}
 
 
 def flag(name):
@@ -157,7 +158,8 @@ def parse(arguments=None):
     choices = {"size": file.PRESETS, "preset": file.RECIPES}
     for part, kind in parts.items():
         title = f"{part} of {model}" if part != "settings" else "settings"
-        group = parser.add_argument_group(f"{title} (the demo's are the defaults; --preset replaces some)")
+        named = "--size" if part == "config" else "--preset"
+        group = parser.add_argument_group(f"{title} (defaults: the demo's; another {named} has its own)")
         for field in fields(kind):
             if part != "config" or field.name not in FROM_THE_DATA:
                 default = defaults.get(field.name, field.default)
@@ -182,7 +184,8 @@ class HelpFormat(argparse.RawDescriptionHelpFormatter):
 
 def add_flag(group, part, field, default, choices):
     """One field as a flag: its sentence, the demo's value and the choices, where it has any."""
-    help = f"{field.metadata['help']} Default: {default!r}.".replace("%", "%%")
+    shown = "" if default == "" else f" Default: {default!r}."
+    help = f"{field.metadata['help']}{shown}".replace("%", "%%")
     options = dict(dest=f"{part}.{field.name}", default=None, help=help)
     if field.type is bool:
         group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **options)
@@ -220,7 +223,8 @@ def model_of(run):
 
 def resolve(given, saved=None):
     """
-    The preset's values, then the flags, which beat them. On --resume the saved run stands in the preset's place.
+    The preset's values, then the flags, which beat them. On --resume the saved run stands in the preset's place, or its
+    beginning, if it has no checkpoint yet.
     Returns Settings, and the fields that differ from the defaults of the model's Config and of its Recipe.
     """
     with runtime.usage_errors():
@@ -238,9 +242,9 @@ def resolve(given, saved=None):
             base = {name: value for name, value in preset.items() if name in names}
             config = {}
             recipe = {name: value for name, value in preset.items() if name not in names}
-            if settings.start:  # the data and the shape of its pictures are the run's, too
+            if settings.start:  # the size, the data and the shape of its pictures are the run's, too
                 run = weights.load_run(settings.start)[2]
-                base |= {name: run[name] for name in ("data", "fit") if name in run}
+                base |= {name: run[name] for name in ("size", "data", "fit") if name in run}
         if given["settings"].get("steps") and not given["settings"].get("epochs"):
             base = {**base, "epochs": 0.0}
         both = given["settings"].get("steps") and given["settings"].get("epochs")
@@ -355,8 +359,8 @@ def learning_rate(step, s):
 
 def freeze_all_but(model, names):
     """
-    Only the named parameters get gradients. The others would be shrunk by weight decay, and AdamW's bias correction
-    would count steps without gradient.
+    Only the named parameters get gradients. Otherwise weight decay would shrink the others, and AdamW's bias correction
+    would count their steps without gradient.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in names
@@ -422,7 +426,8 @@ def make_model(s, config, recipe, tokenizer, labels):
             raise UserError(f"--from {s.start}: holds the model {old.kind}, not {s.model}")
     elif whole:
         changes = {"image_size": base["image_size"], "vocab_size": len(tokenizer), **config}
-        old, origin = weights.load_whole(s.model, whole, changes), f"the authors' weights in {s.init}"
+        with runtime.usage_errors():
+            old, origin = weights.load_whole(s.model, whole, changes), f"the authors' weights in {s.init}"
     if old:
         base = asdict(old.config)
     with runtime.usage_errors():
@@ -492,7 +497,10 @@ def open_teachers(s, model, split, device, skip_bad):
 
 
 def check_plans(model, pools, order):
-    """Fail at start-up, not mid-run, if a stage of the run cannot be planned, as with a mask unit that does not fit."""
+    """
+    Fail at start-up, not mid-run, if a stage of the run cannot be planned, as with a mask unit that does not fit.
+    Returns the objectives that no step trains.
+    """
     checked = set()
     for step, name in enumerate(order):
         progress = step / len(order)
@@ -502,6 +510,7 @@ def check_plans(model, pools, order):
             rows = torch.arange(min(2, len(pools[name])))
             with runtime.usage_errors():
                 model.plan(pools[name], rows, data.generator, None, progress)
+    return [name for name in model.recipe.weights if not any(name in stage for stage in checked)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,6 +529,22 @@ def choose_folder(args):
     if path and not args.resume:
         raise UserError(f"--out {out} already holds a run; add --resume to go on with it, or choose another folder")
     return out, path
+
+
+def read_beginning(out):
+    """The settings of a run that was stopped before its first checkpoint, as `resolve` takes them; None without any."""
+    path = out / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        contents = json.loads(path.read_text())
+        s, file = Settings(**contents["settings"]), weights.FILES[contents["settings"]["model"]]
+        config, recipe = asdict(file.Config(**contents["config"])), asdict(file.Recipe(**contents["recipe"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise UserError(f"--resume: {path} is damaged ({quoted(str(error))}); give the run another --out") from None
+    for name in FROM_THE_DATA:
+        del config[name]
+    return dict(kind=s.model, run=asdict(s), config=config, recipe=recipe)
 
 
 def open_folder(out):
@@ -656,7 +681,8 @@ def train(args, given):
     first = runtime.process_index() == 0
     out, path = runtime.from_first(lambda: choose_folder(args))
     saved, model = read_last(path) if path else (None, None)
-    s, config, recipe = resolve(given, saved)
+    beginning = read_beginning(out) if args.resume and not saved else None
+    s, config, recipe = resolve(given, saved or beginning)
     folder = find_data(s)
     lock = open_folder(out) if first else None  # noqa: F841 (held until the run ends)
 
@@ -678,7 +704,8 @@ def train(args, given):
     if s.epochs:
         s = replace(s, steps=math.ceil(s.epochs * len(splits["train"]) / s.batch_size))
     teacher_runs = ",".join(os.path.abspath(path) for path in s.teachers.split(",") if path)
-    s = replace(s, data=folder, teachers=teacher_runs)
+    images, texts = (path and os.path.abspath(path) for path in (s.images, s.texts))
+    s = replace(s, data=folder, images=images, texts=texts, teachers=teacher_runs)
 
     # model and optimiser
     if hasattr(model, "prepare") and not saved:
@@ -690,26 +717,28 @@ def train(args, given):
     optimizer = make_optimizer(model, s)
     order = [model.reads(step / s.steps) for step in range(s.steps)]
     pools = open_pools(s, splits["train"], order, args.skip_bad)
-    check_plans(model, pools, order)
+    untrained = check_plans(model, pools, order)
 
     # resume
     step, best = 0, -math.inf
     digests = runtime.from_first(lambda: {f"{name} split": fingerprint(folder, one) for name, one in splits.items()})
     if teachers:
-        digests["weights of the teachers"] = teachers.digest
+        digests[TEACHERS] = teachers.digest
     if s.images:
         photos = pools["pictures"]
-        digests["pictures in --images"] = crc_of_pixels(photos.pictures, photos.digest)
+        digests[IMAGES] = crc_of_pixels(photos.pictures, photos.digest)
     if s.texts:
-        digests["lines of --texts"] = pools["captions"].digest
+        digests[TEXTS] = pools["captions"].digest
     if saved:
-        no_teachers = {"weights of the teachers": None}  # differs from those of a run that had some
-        check_resume(path, saved, {**asdict(s), **config, **recipe, **labels, **no_teachers, **digests})
+        without = dict.fromkeys((TEACHERS, IMAGES, TEXTS))  # differs from the digests of a run that had some
+        check_resume(path, saved, {**asdict(s), **config, **recipe, **labels, **without, **digests})
         weights.load_optimizer(path, optimizer, saved["optimizer"])
         step, best, origin = saved["step"], saved["best"], f"{path}, step {saved['step']}"
         model.recompute = s.recompute
     if first:
         describe(model, s, splits, tokenizer, origin, device)
+        if untrained:
+            print(f"note: no step of this run trains {', '.join(untrained)}")
         write_config(out, model, s)
         tokenizer.save(out / "vocab.txt")
         log = Log(out, step, s)
@@ -753,7 +782,7 @@ def train(args, given):
             check_finite(step + 1, numbers, batch.rows[:4].tolist(), out / "last.pt")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            model.learnt |= set(model.active(progress))
+            model.learnt |= {name for name in model.active(progress) if model.recipe.weights[name] > 0}
             step += 1
 
             if first:
@@ -786,7 +815,8 @@ def train(args, given):
     runtime.barrier()
     if first:
         log.bar.close()
-        print(f"done. {out}: best.pt (chosen on the validation split), last.pt, log.jsonl, samples/")
+        chosen = "best.pt (chosen on the validation split), " if (out / "best.pt").exists() else ""
+        print(f"done. {out}: {chosen}last.pt, log.jsonl, samples/")
         print(f"evaluate it: python eval.py {out}", flush=True)
     return out, s
 

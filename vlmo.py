@@ -90,6 +90,7 @@ class Config:
         require_whole(self, dict(text_reach=self.text_len))
         require_range(self, ("drop_path", "dropout"), 0, 1, high_included=False)
         require_range(self, ("layer_scale", "init_std"), 0, 1)
+        require(self.init_std > 0, "init_std", "must be above 0", self.init_std)
         require(self.depth <= 1000, "depth", "must not exceed 1000 blocks", self.depth)
         require(self.fused <= self.depth, "fused", f"must not exceed depth = {self.depth}", self.fused)
         require(self.width % self.heads == 0, "width", f"must be a multiple of heads = {self.heads}", self.width)

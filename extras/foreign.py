@@ -115,6 +115,7 @@ def adopt(model, weights, names, ignored=(), fit=None):
     fitted = {}
     for ours, theirs in names.items():
         shape = tensors[ours].shape
+        must(weights[theirs].isfinite().all(), theirs, "must hold finite numbers", "others")
         value, fate = (fit or same_shape)(theirs, weights[theirs], ours, shape)
         must(value.shape == shape, theirs, f"must fit {ours} of shape {tuple(shape)}", tuple(value.shape))
         fitted[ours] = value

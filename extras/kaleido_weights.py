@@ -177,6 +177,7 @@ def their_names(model, weights, official=False):
 
 def fit(theirs, value, ours, shape):
     """Their tensor in our shape: TensorFlow's kernels are transposed, of tables the rows that are read are taken."""
+    foreign.must(value.ndim in (1, 2) and len(value), theirs, "must be a vector or a table", tuple(value.shape))
     if theirs.endswith(TRANSPOSED):
         return value.T, "used, transposed"
     if ours == "words.position":

@@ -7,8 +7,8 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c of X <- a X + (b X X' + c (X X
 
 def orthogonal(matrix, rounds=5):
     """
-    The nearest orthogonal matrix, roughly: for the singular value decomposition U S V' about U V', all singular values
-    between 0.7 and 1.2. A few Newton-Schulz rounds reach that with matrix products alone.
+    The nearest orthogonal matrix, roughly: for the singular value decomposition U S V' about U V'. A few Newton-Schulz
+    rounds bring most singular values between 0.7 and 1.2 (the smallest stay below), with matrix products alone.
     """
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = x / x.norm().clamp(min=1e-7)  # no singular value above 1
@@ -26,7 +26,7 @@ class Muon(torch.optim.AdamW):
     """
 
     MOMENTUM = 0.95
-    SIZE = 0.5  # AdamW's is about 0.2 (Liu et al.); with 0.5 matching starts within the demo (EXPERIMENTS.md)
+    SIZE = 0.5  # AdamW's is about 0.2 (Liu et al.); 0.5 was chosen on the demo (EXPERIMENTS.md)
 
     @torch.no_grad()
     def step(self):

@@ -49,6 +49,20 @@ OPTIONAL = (  # groups of their keys that the file of a stage or a task may lack
     r"itc_(image|text)_proj\..*|logit_scale",
     r"itc_vl_(image|text)_proj\..*|logit_vl_scale",
 )
+DIMENSIONS = {  # what `read_sizes` and `fit_official` take apart
+    "text_embeddings.word_embeddings.weight": 2,
+    "text_embeddings.position_embeddings.weight": 2,
+    "text_embeddings.token_type_embeddings.weight": 2,
+    "token_type_embeddings.weight": 2,
+    "relative_position_bias_table": 2,
+    "transformer.patch_embed.proj.weight": 4,
+    "transformer.pos_embed": 3,
+    "transformer.blocks.0.mlp_imag.fc1.weight": 2,
+    "itc_image_proj.fc.weight": 2,
+    "itc_text_proj.fc.weight": 2,
+    "itc_vl_image_proj.fc.weight": 2,
+    "itc_vl_text_proj.fc.weight": 2,
+}
 INDEX_TABLES = ("relative_position_index", "text_relative_position_index", "text_imag_relative_position_index")
 IGNORED = {
     r"text_embeddings\.position_ids": "ignored: counts 0, 1, 2, ...",
@@ -91,6 +105,9 @@ def read_sizes(weights, reach):
         foreign.must(key in weights, "checkpoint", "must leave no weight of the model unfilled", [key])
         return weights[key].shape
 
+    for key, dimensions in DIMENSIONS.items():
+        if key in weights:
+            foreign.must(weights[key].ndim == dimensions, key, f"must have {dimensions} dimensions", tuple(shape(key)))
     V, D = shape("text_embeddings.word_embeddings.weight")
     P = shape("transformer.patch_embed.proj.weight")[2]
     numbers = {int(match[1]) for key in weights if (match := re.match(r"transformer\.blocks\.(\d+)\.", key))}
@@ -154,8 +171,11 @@ def fit_official(reach, theirs, value, ours, shape):
     if ours == "positions.cross":
         return value[-2 * reach - 2 : -2 * reach], "used: split into image, cross and text"
     if ours == "positions.image":
-        return fit_offsets(value[: -2 * reach - 2], shape), "used: split into image, cross and text"
+        fate = "used: split into image, cross and text"
+        table = value[: -2 * reach - 2]
+        return fit_offsets(table, shape), fate if len(table) == shape[0] else f"{fate}; image: resized"
     if ours == "image_position":
+        foreign.must(len(value) == 1, theirs, "must have a first dimension of 1", tuple(value.shape))
         return fit_grid(value[0], shape), "used" if value.shape[1] == shape[0] else "resized"
     if ours == "text_position":
         return value[: shape[0]], "used" if len(value) == shape[0] else f"used: the first {shape[0]} rows"
@@ -164,7 +184,7 @@ def fit_official(reach, theirs, value, ours, shape):
     if ours == "image_mark":
         return value[1], "used: rows 0 and 1"
     if ours == "image_cls":
-        return value[0, 0], "used"
+        return value.flatten(), "used"
     return value, "used"
 
 
@@ -203,6 +223,10 @@ def load_beit(model, checkpoint):
     keys = [shared] * depth if shared in weights else keys
     missing = [key for key in [*keys, "cls_token"] if key not in weights]
     foreign.must(not missing, "checkpoint", "must leave no weight of the model unfilled", missing)
+    for key in keys:
+        like = weights[keys[0]].shape
+        foreign.must(weights[key].ndim == 2, key, "must have 2 dimensions", tuple(weights[key].shape))
+        foreign.must(weights[key].shape == like, key, f"must have the shape of {keys[0]}", tuple(weights[key].shape))
     tables = torch.cat([weights[key] for key in keys], dim=1)  # (rows, M A)
     for key in set(keys):
         del weights[key]
@@ -217,5 +241,5 @@ def load_beit(model, checkpoint):
     if "norm.weight" not in weights:  # a fine-tuned file: the last LayerNorm stays fresh
         names = {ours: theirs for ours, theirs in names.items() if not theirs.startswith("norm.")}
     report = foreign.adopt(model, weights, names, BEIT_IGNORED)
-    fate = report.pop("positions")
-    return report | dict.fromkeys(keys, fate)
+    del report["positions"]
+    return report | dict.fromkeys(keys, "used" if len(tables) == len(weights["positions"]) else "resized")

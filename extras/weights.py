@@ -144,7 +144,7 @@ def load_run(path, device="cpu"):
     model = build(files[0], contents)
     run, step = contents.get("run", {}), contents.get("step")
     good = isinstance(run, dict) and are_settings(run) and (step is None or type(step) is int)
-    for name, kind in (("data", str), ("fit", str), ("steps", int), ("preset", str), ("start", str)):
+    for name, kind in (("data", str), ("fit", str), ("steps", int), ("preset", str), ("size", str), ("start", str)):
         good = good and isinstance(run.get(name, kind()), kind)
     if not good:
         raise UserError(f"{files[0]}: damaged (run must be a dict of settings, step a whole number)")

@@ -172,6 +172,7 @@ def test_an_impossible_configuration_is_refused_with_the_setting_the_rule_and_th
     (dict(change_pairs=1), "change_pairs must be below 1, so that cr and itm can read pairs, got 1"),
     (dict(align_from=1), "align_from must lie in [0, 1), got 1"),
     (dict(drop_caption=-1), "drop_caption must lie in [0, 1], got -1"),
+    (dict(drop_caption=1), "drop_caption must be below 1, so that itm reads pairs that match, too, got 1"),
     (dict(foreground="no"), "foreground must be True or False, got 'no'"),
 ])
 def test_an_impossible_recipe_is_refused(changes, message):
@@ -845,10 +846,11 @@ def test_the_plan_changes_true_pairs_only_and_matching_reads_what_test_time_look
     empty = (plan["tokens"] != 0).sum(1) == 2
     assert torch.equal((tokens == own).all(1) | empty, plan["matched"] | empty)
     assert torch.equal(plan["change"], plan["changed"] & plan["matched"])
+    assert not bool((empty & plan["changed"]).any())
     if unmasked_itm:
         assert bool((plan["matched"] | ~plan["changed"]).all()) and not bool((plan["judge"] & plan["changed"]).any())
     else:
-        assert bool(plan["changed"].all()) and bool(plan["judge"][~empty].all())
+        assert bool(plan["changed"].all()) and bool(plan["judge"].all())
         assert int(plan["matched"].sum()) == 6
     ordinary = (plan["tokens"] >= 5).sum(1)
     for n, M, changed in zip(ordinary.tolist(), plan["M"].tolist(), plan["changed"].tolist()):
@@ -1100,6 +1102,10 @@ def test_every_key_of_the_authors_is_accounted_for(official):
             broken["bert/position_dense"] = np.zeros((4, D), np.float32)
         with pytest.raises(UserError, match=message):
             kaleido.kaleido_weights.load_official(model, foreign.open_arrays(broken))
+    for name, x in arrays.items():
+        for other in (np.stack([x, x]), x[:0], np.zeros((), np.float32), np.full_like(x, np.nan)):
+            with pytest.raises(UserError, match=re.escape(name)):
+                kaleido.kaleido_weights.load_official(model, foreign.open_arrays(arrays | {name: other}))
 
 
 def test_bert_in_pytorchs_and_in_tensorflows_spelling_fills_the_text_half_and_the_blocks(tmp_path):

@@ -208,7 +208,7 @@ def test_any_partition_of_a_batch_gives_the_losses_and_gradients_of_the_whole(
 @pytest.mark.parametrize(
     "name, changes",
     [
-        ("mvlt", {"objectives": "itc", "input_dropout": 0.4}),
+        ("mvlt", {"objectives": "itc"}),
         ("vlmo", {"objectives": "itc", "image_until": 0.0, "text_until": 0.0}),
     ],
 )

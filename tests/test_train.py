@@ -644,6 +644,30 @@ def test_resume_without_a_run_begins_one(shop, tmp_path):
     assert weights.read(out / "last.pt")["step"] == 1
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_its_own_settings(run, unbroken):
+    (run / "last.pt").unlink()
+    (run / "best.pt").unlink(missing_ok=True)
+    assert_bitwise(in_process(run, *RESUME), unbroken)
+    for damaged in ("", "[]", "{}", '{"settings": {"model": "mvlt"}, "config": [1], "recipe": {}}'):
+        for path in run.glob("*.pt"):
+            path.unlink()
+        (run / "config.json").write_text(damaged)
+        with pytest.raises(UserError, match="config.json: damaged|config.json is damaged"):
+            in_process(run, *RESUME, "--model", "mvlt")
+
+
+def test_objectives_that_no_step_trains_are_named_and_one_of_weight_0_is_not_learnt(shop, tmp_path, capsys):
+    out = in_process(tmp_path / "short", *ONE_STEP, "--data", shop)  # one step: the towers alone
+    printed = capsys.readouterr().out
+    assert "note: no step of this run trains mir, itm, mlm, cr\n" in printed
+    assert f"done. {out}: last.pt, log.jsonl" in printed and not (out / "best.pt").exists()
+    more = ["--itm-from", 0, "--objectives", "itm:0,itc,mlm"]
+    out = in_process(tmp_path / "whole", *ONE_STEP, "--data", shop, *more)
+    printed = capsys.readouterr().out
+    assert "note:" not in printed and f"done. {out}: best.pt (chosen" in printed
+    assert weights.learnt(weights.load_run(out)[0]) == {"itc", "mlm"}
+
+
 def test_epochs_are_counted_in_the_data(shop, tmp_path):
     part = [*TINY, "--epochs", 0.55, "--batch-size", 4, "--objectives", "itc", "--data", shop, "--log-every", 1]
     out = in_process(tmp_path / "new", *part)
@@ -749,7 +773,24 @@ def test_changed_pictures_and_lines_without_a_pair_are_refused(shop, tmp_path):
     said = message(in_process, run, *RESUME)
     assert re.search(r"another run: pictures in --images \(was \d+, now \d+\); start", said)
     first.write_bytes(before)
+    said = message(in_process, run, *RESUME, "--images", "")
+    assert re.search(r"run: pictures in --images \(was \d+, now None\); start", said)
     in_process(run, *RESUME)
+
+
+def test_pictures_and_lines_without_a_pair_are_found_again_from_elsewhere_and_where_they_moved(
+    shop, tmp_path, monkeypatch
+):
+    photos, lines = shutil.copytree(shop / "images", tmp_path / "photos"), tmp_path / "lines.txt"
+    lines.write_text("a red coat\na blue hat\n")
+    stages = "--image-until 0.3 --text-until 0.6 --steps 4 --batch-size 4".split()
+    more = ["--model", "vlmo", *flags_of("vlmo"), *stages, "--data", shop]
+    monkeypatch.chdir(tmp_path)
+    run = stop_in_step(0, tmp_path / "run", *more, "--images", "photos", "--texts", "lines.txt")
+    monkeypatch.chdir(shop)
+    one = in_process(shutil.copytree(run, tmp_path / "one"), *RESUME)
+    photos.rename(tmp_path / "moved")
+    assert_bitwise(in_process(run, *RESUME, "--images", tmp_path / "moved"), one)
 
 
 def test_the_same_data_may_lie_in_another_folder(run, unbroken, shop, tmp_path):
@@ -1315,9 +1356,9 @@ def test_a_stopped_run_goes_on_with_the_same_teachers_only(unbroken, plain, shop
 OF_THE_RECIPE = """--objectives mir:1,itm:3,mlm,itc,distil,cr | --objectives mir,itm,mlm,itc,distil,cr
     | --objectives mir,itm:3,mlm:2,itc,distil,cr | --objectives mir,itm:3,mlm,itc:2,distil,cr
     | --objectives mir,itm:3,mlm,itc,distil:1,cr | --objectives mir,itm:3,mlm,itc,distil,cr:2
-    | --objectives mir,itm:3,mlm,itc,distil | --input-dropout 0.5 | --smoothing 0.5
+    | --objectives mir,itm:3,mlm,itc,distil | --smoothing 0.5
     | --mask-ratio 0.2 | --mask-unit 16 | --mask-style grid | --mask-pictures 0.9 | --mask-words 0.9 | --no-unmasked-itm
-    | --itm-from 0 | --hard-from 0.9 | --drop-caption 1 | --mirror 0 | --shift 0 | --zoom 0 | --lr 1e-3
+    | --itm-from 0 | --hard-from 0.9 | --drop-caption 0.9 | --mirror 0 | --shift 0 | --zoom 0 | --lr 1e-3
     | --final-lr 4e-4 | --warmup 1 | --weight-decay 1 | --beta2 0.9 | --clip 0.01 | --seed 1 | --batch-size 13
     | --dropout 0.5 | --drop-path 0.5 | --steps 5 | --vocab-size 90 | --fit pad | --attend-padding"""
 OF_THE_MACHINE = "--log-every 3 | --save-every 2 | --workers 1 | --decode live"
@@ -1418,6 +1459,8 @@ def test_a_run_that_starts_from_another_reads_its_data_in_its_shape_and_its_mode
     assert (run["data"], run["fit"]) == (str(shop), "pad")
     run = json.loads((in_process(tmp_path / "other", *few, "--fit", "stretch") / "config.json").read_text())["settings"]
     assert (run["data"], run["fit"]) == (str(shop), "stretch")
+    tuned = in_process(tmp_path / "tuned", *few[:-2], "--preset", "recognise")
+    assert json.loads((tuned / "config.json").read_text())["settings"]["size"] == "pico"  # the old run's
     with pytest.raises(UserError, match="nowhere: no run here"):
         in_process(tmp_path / "none", "--device", "cpu", "--from", tmp_path / "nowhere")
     assert not (tmp_path / "none").exists()
@@ -1488,6 +1531,8 @@ def test_a_run_starts_from_the_authors_weights(unbroken, shop, tmp_path):
     assert torch.allclose(model.words.word.weight, found["text_embeddings.word_embeddings.weight"])
     assert torch.allclose(model.match_head.classify.weight, found["itm_head.linear.weight"])
     assert torch.allclose(model.stages[0].position_text, found["text_pos_embed1"].view(16, 4))
+    said = message(in_process, tmp_path / "other", *ONE_STEP, *more, "--image-size", 33)
+    assert said == "image_size must be a multiple of 8 patch_size = 32, got 33"
 
 
 def test_four_pairs_are_learnt_by_heart(tmp_path):

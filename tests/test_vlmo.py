@@ -585,6 +585,13 @@ def test_a_checkpoint_with_a_missing_unknown_or_ill_shaped_key_is_refused_by_nam
     if weights[key].ndim and key != "text_embeddings.position_embeddings.weight":  # which relative models never read
         with pytest.raises(ValueError):
             vlmo.load_official(weights | {key: weights[key][..., :-1]}, text_reach=5)
+    for misshapen in (torch.stack([weights[key]] * 2), weights[key].flatten()[:0], torch.zeros(())):
+        if misshapen.shape != weights[key].shape:
+            with pytest.raises(ValueError):
+                vlmo.load_official(weights | {key: misshapen}, text_reach=5)
+    if weights[key].ndim:
+        with pytest.raises(UserError, match=f"{re.escape(key)} must hold finite numbers|equal ours"):
+            vlmo.load_official(weights | {key: torch.full_like(weights[key], math.nan)}, text_reach=5)
 
 
 @pytest.mark.parametrize("absent", [
@@ -997,7 +1004,7 @@ def test_the_papers_sizes_have_the_authors_number_of_parameters(size, count):
 
 
 @pytest.mark.parametrize("setting, value", [
-    ("image_size", 18), ("width", 9), ("fused", 4), ("text_reach", 6),
+    ("image_size", 18), ("width", 9), ("fused", 4), ("text_reach", 6), ("init_std", 0.0),
     ("positions", "none"), ("depth", 0), ("dropout", 1.0), ("tie_words", 1), ("layer_scale", -1), ("vocab_size", 2.0),
 ])
 def test_an_impossible_shape_is_refused_by_name(setting, value):
