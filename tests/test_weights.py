@@ -291,7 +291,7 @@ def test_the_authors_checkpoint_computes_what_their_network_computes(trained_on,
     model = checkpoints.load_official({"model": weights}, image_size=image_size, **official_changes(c))
     assert set(model.report) == set(weights) and model.config.attend_padding and not model.training
     assert (model.config.n_category, model.config.n_subcategory) == (3, 5)
-    model, images, tokens = model.double(), pictures(c, 2), captions(c, [5, 7], width=9)
+    model, images, tokens = model.double(), pictures(c, 2), captions(c, [5, 7], width=c.text_len)
     with torch.no_grad():
         visual, text = model.encode(images, tokens)
         ours = {f"v{k + 1}": visual[k] for k in range(4)} | {f"t{k + 1}": text[k] for k in range(4)}
