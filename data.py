@@ -76,18 +76,26 @@ class Split:
     def __len__(self):
         return len(self.rows)
 
+    @functools.cached_property
+    def marks(self):
+        """(3, n) int64, the numbers of each row's product, caption and picture; (2, n) for captions alone."""
+        marks = [self.products, self.captions]
+        if self.pictures is not None:
+            marks.append(torch.from_numpy(self.pictures.index))
+        return torch.stack(marks)
+
     def same(self, rows):
-        """(G,) rows -> (G, G) bool: the same product or the same caption. Such pairs are never used as negatives."""
-        products, captions = self.products[rows], self.captions[rows]
-        return (products[:, None] == products) | (captions[:, None] == captions)
+        """(G,) rows -> (G, G) bool: the same product, caption or picture. Such pairs are never used as negatives."""
+        marks = self.marks[:, rows]
+        return (marks[:, :, None] == marks[:, None]).any(dim=0)
 
     def images(self, rows, device="cpu"):
         """(b,) rows -> (b, 3, H, W) float in [0, 1], without augmentation."""
         return to_floats(torch.from_numpy(self.pictures[np.asarray(rows)]), device)
 
     def negatives(self, rows, generator):
-        """(G,) rows -> (G,) rows of another product and caption."""
-        return draw_negatives(rows, self.products, self.captions, generator)
+        """(G,) rows -> (G,) rows of another product, caption and picture."""
+        return draw_negatives(rows, self.marks, generator)
 
 
 def open_split(folder, name, tokenizer, labels, image_size, text_len, fit="stretch", skip_bad=False, decode="auto"):
@@ -211,28 +219,28 @@ def batch_rows(step, batch_size, n, seed):
     return torch.cat(parts)
 
 
-def draw_negatives(rows, products, captions, generator):
+def draw_negatives(rows, marks, generator):
     """
-    Draw for each row another row whose product and caption both differ, all such rows equally likely. Returns
-    (len(rows),) int64.
+    Draw for each row another row that differs from it in each of its marks (k, n), as product, caption and picture, all
+    such rows equally likely. Returns (len(rows),) int64.
     """
     drawn = torch.full((len(rows),), -1)
     for _ in range(16):  # draw for all, then again for those whose draw was not allowed
         places = (drawn < 0).nonzero().squeeze(1)
         chance = torch.rand(len(places), dtype=torch.float64, generator=generator)
-        other = (chance * len(products)).long()
-        allowed = (products[other] != products[rows[places]]) & (captions[other] != captions[rows[places]])
+        other = (chance * marks.shape[1]).long()
+        allowed = (marks[:, other] != marks[:, rows[places]]).all(dim=0)
         drawn[places[allowed]] = other[allowed]
     for place in (drawn < 0).nonzero().squeeze(1).tolist():  # few rows are allowed for these, or none
-        drawn[place] = search_negative(rows[place], products, captions, generator)
+        drawn[place] = search_negative(rows[place], marks, generator)
     return drawn
 
 
-def search_negative(row, products, captions, generator):
+def search_negative(row, marks, generator):
     """One negative of one row, drawn from a list of all allowed rows."""
-    choice = ((products != products[row]) & (captions != captions[row])).nonzero().squeeze(1)
+    choice = (marks != marks[:, row, None]).all(dim=0).nonzero().squeeze(1)
     if len(choice) == 0:
-        raise UserError(f"row {int(row)} can have no negative: every other row shares its product or its caption")
+        raise UserError(f"row {int(row)} can have no negative: each other row shares its product, caption or picture")
     return choice[torch.randint(len(choice), (1,), generator=generator)]
 
 

@@ -577,8 +577,8 @@ def open_runs(args, device):
     runs = []
     for path, (model, tokenizer, settings) in opened.items():
         c, fit = model.config, settings.get("fit", "stretch")
-        sizes = (c.image_size, c.text_len, fit)
-        split = data.open_split(folder, args.split, tokenizer, model.labels, *sizes, skip_bad=args.skip_bad)
+        how = (c.image_size, c.text_len, fit, args.skip_bad, settings.get("decode", "auto"))
+        split = data.open_split(folder, args.split, tokenizer, model.labels, *how)
         home = Path(path) if os.path.isdir(path) else Path(path).parent
         runs.append(Run(path, home, model, settings, split, tasks[path]))
         check_fit(runs[-1], runs[0])
@@ -691,6 +691,17 @@ def draw_lists(args):
     print(f"{len(draws)} draws of {len(first)} lists of {len(first[0]['candidates'])} candidates: {out}")
 
 
+def open_out(path):
+    """The folder of the results, refused before hours of reading if they could not be written there."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be a folder ({error.strerror})") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"--out {path}: cannot be written")
+    return Path(path)
+
+
 def main(arguments=None):
     args = parse(arguments)
     if args.draw_lists:
@@ -698,6 +709,7 @@ def main(arguments=None):
     runtime.keep_freed_memory()
     runs, folder = open_runs(args, runtime.join_processes(args.device))
     split, draws = runs[0].split, None
+    out = runtime.from_first(lambda: open_out(args.out or runs[0].home))
     results, html = {"measured": measured_on(args, split, folder), "runs": {}}, {}
     if any("retrieval" in run.tasks for run in runs):
         draws = draw_all(args, split.rows)
@@ -708,8 +720,6 @@ def main(arguments=None):
         return
     tables = report.tables(results)
     print("\n".join(report.as_text(table) for table in tables))
-    out = Path(args.out or runs[0].home)
-    out.mkdir(parents=True, exist_ok=True)
     if draws and not args.candidates:
         lists.save_candidates(out / "candidates.json", draws, split.rows)
     with runtime.whole_file(out / "results.json") as file:

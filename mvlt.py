@@ -285,14 +285,14 @@ class Attention(nn.Module):
         grid = patches.transpose(1, 2).unflatten(2, (side, side))
         return self.norm(self.sr(grid).flatten(2).transpose(1, 2))
 
-    def forward(self, z, words, side, seen):
+    def forward(self, z, L, side, seen):
         """
-        z (B, L + N, D): L = `words` words, then N = side^2 patches. seen (B, 1, 1, keys) bool: the keys that may be
-        attended to, None: all.
+        z (B, L + N, D): L words, then N = side^2 patches. seen (B, 1, 1, keys) bool: the keys that may be attended to,
+        None: all.
         """
         keys = z
         if self.sr is not None and side:
-            keys = torch.cat([z[:, :words], self.reduce(z[:, words:], side)], dim=1)  # (B, L + N/R^2, D)
+            keys = torch.cat([z[:, :L], self.reduce(z[:, L:], side)], dim=1)  # (B, L + N/R^2, D)
         q = self.q(z).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, L + N, D/heads)
         k, v = self.kv(keys).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L + N/R^2, D/heads)
         out = attend(q, k, v, seen)
@@ -349,8 +349,8 @@ class Block(nn.Module):
         self.mlp = MLP(dim, mlp_ratio * dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, z, words, side, seen):
-        z = z + self.drop_path(self.attn(self.norm1(z), words, side, seen))
+    def forward(self, z, L, side, seen):
+        z = z + self.drop_path(self.attn(self.norm1(z), L, side, seen))
         return z + self.drop_path(self.mlp(self.norm2(z)))
 
 
@@ -376,10 +376,10 @@ class Stage(nn.Module):
         V_{k-1} (in stage 1 the picture) and T_{k-1}, (B, L, D_{k-1}); either may be None. seen (B, L) bool: the words
         that are not padding, None: all. Returns V_k (B, D_k, side, side) and T_k (B, L, D_k).
         """
-        z, words, side = [], 0, 0
+        z, L, side = [], 0, 0
         if text is not None:
-            words = text.shape[1]
-            m = self.norm_text(self.embed_text(text)) + self.position_text[:words]  # Eq. 1; LayerNorm: authors' code
+            L = text.shape[1]
+            m = self.norm_text(self.embed_text(text)) + self.position_text[:L]  # Eq. 1; LayerNorm: authors' code
             z.append(m)
         if image is not None:
             patches = self.embed_image(image)  # (B, D_k, side, side)
@@ -392,12 +392,12 @@ class Stage(nn.Module):
 
         for block in self.blocks:
             if recompute:
-                z = checkpoint(block, z, words, side, seen, use_reentrant=False)
+                z = checkpoint(block, z, L, side, seen, use_reentrant=False)
             else:
-                z = block(z, words, side, seen)
+                z = block(z, L, side, seen)
 
-        text = z[:, :words] if words else None
-        image = z[:, words:].transpose(1, 2).unflatten(2, (side, side)) if side else None  # (B, D_k, side, side)
+        text = z[:, :L] if L else None
+        image = z[:, L:].transpose(1, 2).unflatten(2, (side, side)) if side else None  # (B, D_k, side, side)
         return image, text
 
 

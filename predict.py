@@ -377,17 +377,21 @@ def search(run, query, index, best=20, show=10):
         with inference(run) as device:
             vector = run.model.embed_texts(tokens.to(device))[0].float().cpu().numpy()
     found = nearest(index, vector, max(best, show))
+    if not found:
+        raise UserError(f"{index.folder}: none of the index's pictures is there any more")
     if best:
         found = rerank(run, query, index.folder, found[:best]) + found[best:]
     return found[:show]
 
 
 def nearest(index, vector, count):
-    """The nearest picture of each of the `count` products nearest to a vector (E,), in order."""
+    """The nearest picture, as far as it is still there, of each of the `count` products nearest to a vector (E,)."""
     cosines, found, seen = index.cosines(vector), [], set()
+    has_folder = os.path.isdir(index.folder)
     for number in (-cosines).argsort(kind="stable").tolist():
         image, caption, product = index.row(number)
-        if product in seen:
+        gone = has_folder and not os.path.isfile(os.path.join(index.folder, readers.file_of(image)[0]))
+        if product in seen or gone:
             continue
         seen |= {product} - {""}  # "": unknown
         near = float(cosines[number])
@@ -411,7 +415,8 @@ def rerank(run, text, folder, found):
 
 
 def table(header, *rows):
-    """Print rows of text below their header, in columns."""
+    """Print rows of text below their header, in columns; line breaks and control characters of a caption as blanks."""
+    rows = [["".join(c if c.isprintable() else " " for c in cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for row in (header, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

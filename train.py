@@ -243,7 +243,9 @@ def resolve(given, saved=None):
             config = {}
             recipe = {name: value for name, value in preset.items() if name not in names}
             if settings.start:  # the size, the data and the shape of its pictures are the run's, too
-                run = weights.load_run(settings.start)[2]
+                old, _, run = weights.load_run(settings.start)
+                if old.kind != settings.model:
+                    raise UserError(f"--from {settings.start}: holds the model {old.kind}, not {settings.model}")
                 base |= {name: run[name] for name in ("size", "data", "fit") if name in run}
         if given["settings"].get("steps") and not given["settings"].get("epochs"):
             base = {**base, "epochs": 0.0}
@@ -422,8 +424,6 @@ def make_model(s, config, recipe, tokenizer, labels):
     whole, part = weights.open_init(s.model, s.init) if s.init else ({}, {})
     if s.start:
         old, origin = weights.load_run(s.start)[0], f"from {s.start}"
-        if old.kind != s.model:
-            raise UserError(f"--from {s.start}: holds the model {old.kind}, not {s.model}")
     elif whole:
         changes = {"image_size": base["image_size"], "vocab_size": len(tokenizer), **config}
         with runtime.usage_errors():
@@ -468,7 +468,7 @@ def check_negatives(model, splits):
             if name == "train" or len(split) > 1:
                 split.negatives(torch.arange(len(split)), data.generator("check"))
         except UserError as error:
-            hint = "matching needs two products with different captions; or leave itm out of --objectives"
+            hint = "matching needs two products with different captions and pictures; or leave itm out of --objectives"
             raise UserError(f"{name}: {error}; {hint}") from None
 
 

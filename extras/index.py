@@ -117,7 +117,8 @@ def is_row(row):
     """Whether it is three texts, the first of them a file that lies below the index's folder."""
     if type(row) is not list or [type(value) for value in row] != [str, str, str]:
         return False
-    return is_path(row[0]) and not row[0].startswith("/") and ".." not in row[0].split("/")
+    below = not os.path.isabs(row[0]) and os.path.normpath(row[0]).split(os.sep)[0] != ".."
+    return is_path(row[0]) and below
 
 
 def is_path(text):

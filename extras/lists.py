@@ -6,6 +6,7 @@ rows for every model, so that runs can be compared.
 """
 
 import json
+import zlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -35,13 +36,13 @@ def candidates(rows, queries=1000, size=101, seed=0, shorter=False):
     products = shelves.get((), [])
     chosen = [products[i] for i in random.permutation(len(products))[:queries]]
     chosen = [views[random.integers(len(views))] for views in chosen]
-    texts = [readers.plain_caption(row["caption"]) for row in rows]
+    marks = [marks_of(row, number) for number, row in enumerate(rows)]
     lists = []
     for query in chosen:
-        found = draw_list(rows, texts, query, shelves, size, random)
+        found = draw_list(rows, marks, query, shelves, size, random)
         if len(found) < size and not shorter:
-            raise UserError(f"candidates: a list needs {size} products with different captions, this split has "
-                            f"{len(found)} for row {query}; --full-gallery ranks a small split whole")
+            raise UserError(f"candidates: a list needs {size} products with different captions and pictures, this "
+                            f"split has {len(found)} for row {query}; --full-gallery ranks a small split whole")
         lists.append({"query": query, "candidates": found})
     shortest = min((len(entry["candidates"]) for entry in lists), default=0)
     return [{"query": entry["query"], "candidates": entry["candidates"][:shortest]} for entry in lists]
@@ -58,22 +59,24 @@ def shelves_of(row):
     return shelves
 
 
-def draw_list(rows, texts, query, shelves, size, random):
+def marks_of(row, number):
+    """What no two rows of a list may share: a product, a caption, or a picture, which would tie with itself."""
+    picture = row.get("image", number)
+    return {("product", row["product_id"]), ("caption", readers.plain_caption(row["caption"])), ("picture", picture)}
+
+
+def draw_list(rows, marks, query, shelves, size, random):
     """The rows of one list, the query first: up to `size`, and fewer only where the split has no more."""
-    found, taken_products, taken_texts = [query], {rows[query]["product_id"]}, {texts[query]}
+    found, taken = [query], set(marks[query])
     for shelf in shelves_of(rows[query]):
         for i in random.permutation(len(shelves[shelf])):
             if len(found) == size:
                 return found
-            views = []
-            for row in shelves[shelf][i]:
-                if rows[row]["product_id"] not in taken_products and texts[row] not in taken_texts:
-                    views.append(row)
+            views = [row for row in shelves[shelf][i] if not taken & marks[row]]
             if views:
                 row = views[random.integers(len(views))]
                 found.append(row)
-                taken_products.add(rows[row]["product_id"])
-                taken_texts.add(texts[row])
+                taken |= marks[row]
     return found
 
 
@@ -102,14 +105,21 @@ def describe(rows, draws):
 def save_candidates(path, draws, rows):
     """
     draws: one {"tir": lists, "itr": lists} per draw, both the same lists -> a JSON list of {"query", "candidates",
-    "draw", "product_id"}. The product tells later whether the row numbers still mean the same rows.
+    "draw", "product_id", "products"}. The query's product and the checksum of all the candidates' products tell later
+    whether the row numbers still mean the same rows.
     """
     entries = []
     for number, draw in enumerate(draws):
         for entry in draw["tir"]:
-            entries.append({**entry, "draw": number, "product_id": rows[entry["query"]]["product_id"]})
+            product, products = rows[entry["query"]]["product_id"], products_of(entry["candidates"], rows)
+            entries.append({**entry, "draw": number, "product_id": product, "products": products})
     with runtime.whole_file(path) as file:
         file.write(json.dumps(entries).encode())
+
+
+def products_of(candidates, rows):
+    """A checksum of the candidates' products, in order."""
+    return zlib.crc32(json.dumps([rows[row]["product_id"] for row in candidates]).encode())
 
 
 def read_candidates(path, rows):
@@ -178,4 +188,6 @@ def broken_rule(entry, first, rows):
     then = entry.get("product_id", now)
     if then != now:
         return f"was drawn from other rows: its query was product {quoted(then)}, that row is now {quoted(now)}"
+    if entry.get("products", 0) not in (0, products_of(found, rows)):
+        return "was drawn from other rows: some of its row numbers are now other products'"
     return "" if type(entry["query"]) is int and entry["query"] == found[0] else "must begin with the query"

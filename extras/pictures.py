@@ -7,6 +7,7 @@ and, beside it as JSON, the reasons why some pictures cannot be decoded. A cache
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -32,8 +33,13 @@ from extras.runtime import UserError, quoted, whole_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no PostScript, for which Pillow would start Ghostscript
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 MOST_PIXELS = 50_000_000
 LONGEST_SIDE = 30_000
+
+
+class PassingFault(UserError):
+    """A picture could not be read for a reason that is not its own, so it is not left out: the run ends."""
 
 
 def files_below(folder):
@@ -66,7 +72,8 @@ def check_size(name, width, height):
 
 def open_picture(folder, reference, at_least=None):
     """
-    Decode one picture to RGB: its first frame, upright, in 8 bits, over white where it is transparent.
+    Decode one picture to RGB: its first frame, upright, in 8 bits, over white where it is transparent (but for a single
+    transparent colour of 16 bits).
     With `at_least`, a much larger JPEG is decoded at a fraction of its size, never below `at_least` on a side.
     """
     name, (file, place) = shown(str(reference)), file_of(str(reference))
@@ -90,6 +97,8 @@ def open_picture(folder, reference, at_least=None):
     except Image.DecompressionBombError:  # Pillow's own limit, at opening
         raise UserError(f"{name}: absurd size, over {MOST_PIXELS} pixels") from None
     except Exception as error:  # damaged bytes make a decoder raise nearly anything
+        if getattr(error, "errno", None) in PASSING:
+            raise PassingFault(f"{name}: cannot be read now ({error.strerror}); try again later") from None
         reason = "truncated picture" if "truncated" in str(error).lower() else "undecodable picture"
         raise UserError(f"{name}: {reason} ({shown(str(error))})") from None
 
@@ -155,6 +164,8 @@ def decode(folder, references, size, fit):
     def attempt(reference):
         try:
             return picture(folder, reference, size, fit), None
+        except PassingFault:
+            raise
         except UserError as error:
             return np.zeros((size, size, 3), np.uint8), str(error)
 
@@ -263,7 +274,7 @@ def open_distinct(folder, distinct, index, size, fit, decode="auto"):
     if decode not in DECODE:
         raise UserError(f"decode must be one of {', '.join(DECODE)}, got {quoted(decode)}")
     if decode == "live":
-        return Pictures([Live(folder, distinct, size, fit)], index), {}
+        return open_live(folder, distinct, index, size, fit)
     shape, name = (len(distinct), size, size, 3), cache_name(folder, distinct, size, fit)
     path = Path(folder) / ".cache" / name
     bad = open_cache(path, shape, distinct) if is_folder(path.parent) else None
@@ -276,13 +287,31 @@ def open_distinct(folder, distinct, index, size, fit, decode="auto"):
         sizes = f"decoded they take {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free in {path.parent}"
         if decode == "auto" and needed > free / 2:
             print(f"{folder}: each picture is decoded whenever it is needed (--decode live): {sizes}", flush=True)
-            return Pictures([Live(folder, distinct, size, fit)], index), {}
+            return open_live(folder, distinct, index, size, fit)
         if needed > free:
             raise UserError(f"{folder}: the pictures cannot be kept: {sizes}; --decode live needs no space")
         bad = build_cache(path, folder, distinct, size, fit)
-    reasons = [bad.get(reference) for reference in distinct] if bad else []
-    undecoded = {row: reasons[number] for row, number in enumerate(index) if reasons[number]} if bad else {}
-    return Pictures([(path, shape)], index), undecoded
+    return Pictures([(path, shape)], index), rows_of(bad, distinct, index)
+
+
+def open_live(folder, distinct, index, size, fit):
+    """The pictures of `open_distinct`, decoded when they are needed; only missing and empty files are found at once."""
+    bad = {}
+    for reference in distinct:
+        path = os.path.join(folder, file_of(reference)[0])
+        if not os.path.isfile(path):
+            bad[reference] = f"missing picture {shown(reference)}"
+        elif os.path.getsize(path) == 0:
+            bad[reference] = f"{shown(reference)}: empty file (0 bytes)"
+    return Pictures([Live(folder, distinct, size, fit)], index), rows_of(bad, distinct, index)
+
+
+def rows_of(bad, distinct, index):
+    """{row number: reason} from {reference: reason}."""
+    if not bad:
+        return {}
+    reasons = [bad.get(reference) for reference in distinct]
+    return {row: reasons[number] for row, number in enumerate(index) if reasons[number]}
 
 
 def cache_name(folder, references, size, fit):

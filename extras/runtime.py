@@ -65,6 +65,8 @@ def run(main):
     script = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     try:
         main()
         if dist.is_initialized():

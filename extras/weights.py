@@ -144,8 +144,9 @@ def load_run(path, device="cpu"):
     model = build(files[0], contents)
     run, step = contents.get("run", {}), contents.get("step")
     good = isinstance(run, dict) and are_settings(run) and (step is None or type(step) is int)
-    for name, kind in (("data", str), ("fit", str), ("steps", int), ("preset", str), ("size", str), ("start", str)):
-        good = good and isinstance(run.get(name, kind()), kind)
+    good = good and isinstance(run.get("steps", 0), int)
+    for name in ("data", "fit", "decode", "preset", "size", "start"):
+        good = good and isinstance(run.get(name, ""), str)
     if not good:
         raise UserError(f"{files[0]}: damaged (run must be a dict of settings, step a whole number)")
     model.bf16 = bool(run.get("bf16", True))  # a run trained in fp32 answers in fp32 (runtime.precision_of)

@@ -1,5 +1,6 @@
 """Laws of data.py and extras/pictures.py: pictures and their cache, splits and pools, negatives, batches, commands."""
 
+import errno
 import json
 import os
 import pickle
@@ -637,6 +638,10 @@ def test_a_split_holds_the_numbers_of_its_rows(folder):
     assert split.tokens[1].tolist() == words + [0] * (split.tokens.shape[1] - len(words))
     rows = torch.tensor([1, 3, 0])
     assert split.same(rows).tolist() == [[True, True, True], [True, True, False], [True, False, True]]
+    split.pictures.index[3] = split.pictures.index[0]  # as if both showed one picture
+    del split.marks
+    assert split.same(rows).all()
+    split.pictures.index[3] = 3
     pixels = torch.from_numpy(data.picture(folder, "images/3.png", 8)).permute(2, 0, 1)
     assert (split.images(torch.tensor([3])) == pixels[None].float() / 255).all()
     assert split.images(rows).shape == (3, 3, 8, 8) and split.images(rows).is_contiguous()
@@ -648,7 +653,7 @@ def test_the_negatives_of_a_split_are_those_of_draw_negatives(shop):
     split = data.open_split(shop, "train", data.Tokenizer.train(["a coat"] * 2, 30), labels, 8, 12)
     chosen = torch.arange(0, 24, 2)
     drawn = split.negatives(chosen, data.generator(0))
-    assert (drawn == data.draw_negatives(chosen, split.products, split.captions, data.generator(0))).all()
+    assert (drawn == data.draw_negatives(chosen, split.marks, data.generator(0))).all()
 
 
 def test_the_pool_of_pictures_holds_each_picture_once_and_those_of_a_folder(folder, tmp_path_factory):
@@ -762,6 +767,38 @@ def test_captions_are_cut_to_the_longest_and_padded_with_zeros(captions, length)
     assert (data.trim(tokens) == tokens).all() and data.trim(tokens[:0]).shape == (0, 0)
 
 
+@pytest.mark.parametrize("how", ["kept", "live"])
+def test_a_picture_that_has_gone_or_is_empty_is_named_at_the_next_opening_too(folder, how, capsys):
+    write_rows(folder / "val.jsonl", [row_of(0, product_id="v")])
+    whole = open_train(folder, decode=how)
+    (folder / "images/3.png").unlink()
+    (folder / "images/4.png").write_bytes(b"")
+    open_train(folder, decode=how, skip_bad=True)
+    said = capsys.readouterr().out
+    assert "missing picture images/3.png" in said and "images/4.png: empty file (0 bytes)" in said
+    left = open_train(folder, decode=how, skip_bad=True)
+    assert [row["image"] for row in left.rows] == [
+        row["image"] for row in whole.rows if row["image"] not in ("images/3.png", "images/4.png")
+    ]
+
+
+def test_a_passing_fault_of_the_disk_ends_the_run_and_is_no_verdict_on_the_picture(folder, monkeypatch):
+    write_rows(folder / "val.jsonl", [row_of(0, product_id="v")])
+    usual = pictures.Image.open
+
+    def failing(path, **options):
+        if str(path).endswith("3.png"):
+            raise OSError(errno.EIO, "Input/output error")
+        return usual(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures.Image, "open", failing)
+        with pytest.raises(UserError, match="images/3.png: cannot be read now .Input/output error.; try again later"):
+            open_train(folder, skip_bad=True)
+    rows = [row["image"] for row in open_train(folder).rows]
+    assert "images/3.png" in rows
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_of_live_pictures_are_those_of_kept_ones_and_a_broken_one_is_one_line(folder, workers):
     write_rows(folder / "val.jsonl", [row_of(0, product_id="v")])
@@ -781,29 +818,29 @@ def test_trim_keeps_the_last_word_behind_a_padding_word_written_in_the_caption()
 
 # --- Negatives ---
 
-CATALOGUE = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=12)
+CATALOGUE = st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=1, max_size=12)
 
 
 @settings(law, max_examples=100)
 @given(catalogue=CATALOGUE, seed=SEEDS)
-def test_a_negative_has_another_product_and_caption(catalogue, seed):
-    products, captions = torch.tensor(catalogue).T.contiguous()
+def test_a_negative_has_another_product_caption_and_picture(catalogue, seed):
+    marks = products, captions, pictures = torch.tensor(catalogue).T.contiguous()
     rows = torch.arange(len(catalogue))
-    arguments = (rows, products, captions, data.generator(seed))
-    allowed = (products[:, None] != products) & (captions[:, None] != captions)
+    arguments = (rows, marks, data.generator(seed))
+    allowed = (products[:, None] != products) & (captions[:, None] != captions) & (pictures[:, None] != pictures)
     if not allowed.any(dim=1).all():
         first = int((~allowed.any(dim=1)).nonzero()[0])
         told = message(data.draw_negatives, *arguments)
-        assert told == f"row {first} can have no negative: every other row shares its product or its caption"
+        assert told == f"row {first} can have no negative: each other row shares its product, caption or picture"
         return
     drawn = data.draw_negatives(*arguments)
     assert allowed[rows, drawn].all()
 
 
 def test_every_allowed_row_is_equally_likely():
-    products, captions = torch.arange(20) // 2, torch.arange(20) // 4
+    marks = torch.stack([torch.arange(20) // 2, torch.arange(20) // 4])
     rows = torch.zeros(32000, dtype=torch.int64)
-    draws = data.draw_negatives(rows, products, captions, data.generator("uniform"))
+    draws = data.draw_negatives(rows, marks, data.generator("uniform"))
     counts = torch.bincount(draws, minlength=20)[4:].double()  # rows 0 to 3 share the caption
     assert counts.sum() == 32000
     assert ((counts - 2000) ** 2 / 2000).sum() < 45  # chi-square, 15 degrees of freedom: p = 1 / 10,000
@@ -812,11 +849,11 @@ def test_every_allowed_row_is_equally_likely():
 def test_the_rare_row_is_found_among_many():
     products = torch.zeros(100_000, dtype=torch.int64)
     products[77_777] = 1
-    captions = torch.arange(100_000)
-    drawn = data.draw_negatives(torch.arange(3), products, captions, data.generator(0))
+    marks = torch.stack([products, torch.arange(100_000)])
+    drawn = data.draw_negatives(torch.arange(3), marks, data.generator(0))
     assert drawn.tolist() == [77_777] * 3
-    products[88_888] = 2
-    drawn = data.draw_negatives(torch.arange(50), products, captions, data.generator(0))
+    marks[0, 88_888] = 2
+    drawn = data.draw_negatives(torch.arange(50), marks, data.generator(0))
     assert set(drawn.tolist()) == {77_777, 88_888}
 
 
@@ -854,7 +891,7 @@ def test_the_draws_are_those_of_earlier_versions():
     """An older run must go on with the same batches: these numbers may never change."""
     assert data.batch_rows(3, 5, 12, seed=7).tolist() == [9, 8, 6, 11, 10]
     pairs = torch.arange(12) // 2
-    drawn = data.draw_negatives(torch.arange(6), pairs, pairs, data.generator(7, "negatives"))
+    drawn = data.draw_negatives(torch.arange(6), torch.stack([pairs, pairs]), data.generator(7, "negatives"))
     assert drawn.tolist() == [8, 8, 11, 10, 8, 8]
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -813,7 +814,7 @@ def test_the_command_reads_as_the_run_was_trained_and_as_it_is_asked(store, tmp_
     run, asked = store.write_run(tmp_path / "run", model, fit="pad"), []
     monkeypatch.setattr(data, "open_split", lambda *given, **more: asked.append((*given[1:], more)) or store.val)
     run_main(run, "--split", "val", "--queries", 3, "--draws", 1, "--skip-bad")
-    assert [asked[0][i] for i in (0, 3, 4, 5, 6)] == ["val", 32, 16, "pad", {"skip_bad": True}]
+    assert [asked[0][i] for i in (0, 3, 4, 5, 6, 7)] == ["val", 32, 16, "pad", True, "auto"]
     found = read_results(run)["runs"][str(run)]
     assert set(found["retrieval"]["tir"]) == {"fusion"}  # the towers are untrained
     assert [found["generation"][name] for name in ("style", "ratio", "unit")] == ["grid", 0.25, 8]
@@ -905,13 +906,23 @@ def refuses(said, *arguments):
     assert "\n" not in str(error.value) and error.value.status == 1
 
 
+def test_a_run_that_decoded_its_pictures_live_is_measured_so(store, tmp_path):
+    folder = shutil.copytree(store.folder, tmp_path / "shop", ignore=shutil.ignore_patterns(".cache"))
+    run = store.write_run(tmp_path / "run", data=str(folder), decode="live")
+    run_main(run, "--tasks", "generation")
+    assert not list((folder / ".cache").glob("*-stretch-*.npy"))
+
+
 def test_what_does_not_fit_is_one_line(store, tmp_path, monkeypatch):
     refuses("no run here", tmp_path)
     run = store.write_run(tmp_path / "run")
     monkeypatch.setattr(evaluation, "share_out", lambda *rest: pytest.fail("read a picture first"))
     few = make_shop(tmp_path / "few", products=40)
-    refuses("needs 101 products with different captions, this split has 8", run, "--tasks", "retrieval", "--data", few)
+    rule = "needs 101 products with different captions and pictures, this split has 8"
+    refuses(rule, run, "--tasks", "retrieval", "--data", few)
     refuses("nowhere: no such folder", run, "--data", tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    refuses("--out .*file: cannot be a folder", run, "--full-gallery", "--out", tmp_path / "file")
     gone = store.write_run(tmp_path / "gone", data=str(tmp_path / "moved"))
     refuses("moved: no such folder, though a run was trained on it; name the data with --data", gone)
     refuses("--data: must name the folder, for the runs were trained on .*shop and .*moved", run, gone)

@@ -106,7 +106,7 @@ class Shop(SimpleNamespace):
         return (products[:, None] == products) | (texts[:, None] == texts)
 
     def negatives(self, rows, generator):
-        return data.draw_negatives(rows, self.products, self.captions, generator)
+        return data.draw_negatives(rows, torch.stack([self.products, self.captions]), generator)
 
 
 def planned(model, shop, rows, seed=0, progress=1.0):

@@ -109,6 +109,15 @@ def plain_rows(n):
     return [{"image": f"{i}.png", "caption": f"thing {i}", "product_id": str(i)} for i in range(n)]
 
 
+@given(catalogues(), st.integers(2, 9), SEEDS)
+def test_no_list_shows_a_picture_twice(rows, pictures, seed):
+    """Otherwise the truth ties with a rival that looks the same, and no model can answer."""
+    rows = [{**row, "image": f"{number % pictures}.png"} for number, row in enumerate(rows)]  # one sells many products
+    for entry in lists.candidates(rows, 50, 101, seed, shorter=True):
+        shown = [rows[row]["image"] for row in entry["candidates"]]
+        assert len(set(shown)) == len(shown) <= pictures
+
+
 def test_rows_without_classes_are_drawn_from_all():
     drawn = lists.candidates(plain_rows(120), 3)
     assert [len(entry["candidates"]) for entry in drawn] == [101] * 3
@@ -120,7 +129,7 @@ def test_another_seed_draws_other_lists():
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({}, "101 products with different captions, this split has 100"),
+    ({}, "101 products with different captions and pictures, this split has 100"),
     ({"queries": 0}, "queries of at least 1"),
     ({"size": 1}, "size of at least 2"),
 ])
@@ -142,6 +151,10 @@ def test_saved_lists_come_back(tmp_path):
     said = "list 1 was drawn from other rows: its query was product '.*', that row is now '.*'"
     with pytest.raises(UserError, match=said):
         lists.read_candidates(path, rows[1:] + rows[:1])
+    rival = next(row for row in draws[0][0]["candidates"] if row not in [entry["query"] for entry in sum(draws, [])])
+    others = [{**row, "product_id": f"new {number}"} if number == rival else row for number, row in enumerate(rows)]
+    with pytest.raises(UserError, match="was drawn from other rows: some of its row numbers are now other products'"):
+        lists.read_candidates(path, others)
     path.write_text(json.dumps(draws[0]))  # lists made by hand need not name products
     assert lists.read_candidates(path, rows) == [{"tir": draws[0], "itr": draws[0]}]
 

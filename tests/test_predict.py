@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -378,7 +379,7 @@ def test_bad_files_are_named_and_left_out(fresh, photos, capsys):
     assert len(ranked) == 9 and all(f"{name}: " in warned for name in ("cut.png", "empty.png", "notes.txt"))
     for path in paths(photos):
         os.remove(path)
-    with pytest.raises(UserError, match="missing picture"):
+    with pytest.raises(UserError, match="photos: none of the index's pictures is there any more"):
         predict.search(fresh, TEXTS[0], predict.open_index(fresh))
     with pytest.raises(UserError, match="no picture that can be read"):
         predict.index(fresh, photos)
@@ -740,7 +741,22 @@ def test_search_answers_one_query_a_line_and_goes_on_after_an_error(fresh, photo
     monkeypatch.setattr(sys, "stdin", io.StringIO("a coat\nboot\n"))
     predict.main([str(fresh.folder), "search", "--best", "0", "--show", "9", "--out", "found.png"])
     printed = capsys.readouterr()
-    assert printed.out.count("among 9 pictures") == 2 and printed.err.count("missing picture 0.png") == 2
+    assert printed.out.count("among 9 pictures") == 2 and printed.out.count(".png") == 2 * 8
+    assert " 0.png" not in printed.out and not printed.err
+
+
+def test_what_a_caption_holds_cannot_break_the_lines_of_an_answer_or_reach_the_terminal(capsys):
+    predict.table(("rank", "caption"), ("1", "two\nlines \x1b[31mred\u2028"), ("2", "caf\u00e9"))
+    assert capsys.readouterr().out.splitlines() == ["rank  caption", "1     two lines  [31mred", "2     caf\u00e9"]
+
+
+def test_a_folder_whose_rows_name_pictures_by_a_detour_is_indexed(fresh, photos):
+    rows = [dict(image=f"away/../{name}", caption="a coat", product_id=name) for name in pictures.files_below(photos)]
+    (photos / "away").mkdir()
+    write_rows(photos / "test.jsonl", rows)
+    for _ in range(2):
+        assert predict.index(fresh, photos)[1] == len(rows)
+    assert predict.open_index(fresh).size == len(rows)
 
 
 @pytest.mark.parametrize("arguments, says, status", [
