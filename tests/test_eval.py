@@ -923,6 +923,9 @@ def test_what_does_not_fit_is_one_line(store, tmp_path, monkeypatch):
     refuses("nowhere: no such folder", run, "--data", tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     refuses("--out .*file: cannot be a folder", run, "--full-gallery", "--out", tmp_path / "file")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.os, "access", lambda path, mode: mode != os.W_OK)  # which root always has
+        refuses("--out .*sealed: cannot be written", run, "--full-gallery", "--out", tmp_path / "sealed")
     gone = store.write_run(tmp_path / "gone", data=str(tmp_path / "moved"))
     refuses("moved: no such folder, though a run was trained on it; name the data with --data", gone)
     refuses("--data: must name the folder, for the runs were trained on .*shop and .*moved", run, gone)
