@@ -929,8 +929,8 @@ def mlm_loss(logits, words):
 def itc_loss(image_vectors, text_vectors, log_scale, same, smoothing=0.0, taught=None):
     """
     Image-text contrastive loss (not in the paper): InfoNCE both ways between unit vectors (G, embed_dim).
-    same (G, G) bool: True where two entries share their product or caption; off the diagonal these are left out of the
-    softmax. smoothing: the share of the target that is spread evenly over an entry's pair and its negatives.
+    same (G, G) bool: True where two entries share their product, caption or picture; off the diagonal these are left
+    out of the softmax. smoothing: the share of the target that is spread evenly over an entry's pair and its negatives.
     taught (G, G): the scaled similarities, picture x caption, of the teachers; their softmax is TAUGHT of the target.
     """
     scale = log_scale.float().clamp(max=math.log(100)).exp()

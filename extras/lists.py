@@ -188,6 +188,6 @@ def broken_rule(entry, first, rows):
     then = entry.get("product_id", now)
     if then != now:
         return f"was drawn from other rows: its query was product {quoted(then)}, that row is now {quoted(now)}"
-    if entry.get("products", 0) not in (0, products_of(found, rows)):
+    if "products" in entry and entry["products"] != products_of(found, rows):
         return "was drawn from other rows: some of its row numbers are now other products'"
     return "" if type(entry["query"]) is int and entry["query"] == found[0] else "must begin with the query"

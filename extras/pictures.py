@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from extras.readers import file_of, h5_pictures, open_h5, shown
+from extras.readers import absence, file_of, h5_pictures, open_h5, shown
 from extras.runtime import UserError, quoted, whole_file
 
 # --- Opening ---
@@ -79,10 +79,8 @@ def open_picture(folder, reference, at_least=None):
     name, (file, place) = shown(str(reference)), file_of(str(reference))
     try:
         path = real_path(folder, file)
-        if not os.path.isfile(path):
-            raise UserError(f"missing picture {name}")
-        if os.path.getsize(path) == 0:
-            raise UserError(f"{name}: empty file (0 bytes)")
+        if reason := absence(path, name):
+            raise UserError(reason)
         if place is not None:
             return open_h5_picture(path, name, place)
         with Image.open(path, formats=FORMATS) as image:
@@ -298,11 +296,9 @@ def open_live(folder, distinct, index, size, fit):
     """The pictures of `open_distinct`, decoded when they are needed; only missing and empty files are found at once."""
     bad = {}
     for reference in distinct:
-        path = os.path.join(folder, file_of(reference)[0])
-        if not os.path.isfile(path):
-            bad[reference] = f"missing picture {shown(reference)}"
-        elif os.path.getsize(path) == 0:
-            bad[reference] = f"{shown(reference)}: empty file (0 bytes)"
+        reason = absence(os.path.join(folder, file_of(reference)[0]), shown(reference))
+        if reason:
+            bad[reference] = reason
     return Pictures([Live(folder, distinct, size, fit)], index), rows_of(bad, distinct, index)
 
 

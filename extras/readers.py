@@ -382,6 +382,13 @@ def file_of(reference):
     return reference, None
 
 
+def absence(path, name):
+    """Why there is nothing to decode at a path, "" if there is something."""
+    if not os.path.isfile(path):
+        return f"missing picture {name}"
+    return f"{name}: empty file (0 bytes)" if os.path.getsize(path) == 0 else ""
+
+
 def make_row(folder, where, record):
     """The row of a record; its picture must exist but is not opened. ValueError with the reason if there is no row."""
     if isinstance(record, str):
@@ -394,10 +401,8 @@ def make_row(folder, where, record):
     if os.path.isabs(file) or os.path.normpath(file).split(os.sep)[0] == "..":
         raise ValueError(f"path {shown(file)} must be relative to the folder and stay in it")
     path = os.path.join(folder, file)
-    if not os.path.isfile(path):
-        raise ValueError(f"missing picture {shown(file)}")
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{shown(file)}: empty file (0 bytes)")
+    if reason := absence(path, shown(file)):
+        raise ValueError(reason)
     return row | {"where": where}
 
 

@@ -182,3 +182,11 @@ def test_freed_memory_is_kept_up_to_the_largest_size_that_is_asked_for(largest, 
     code = FREED.format(keep=keep)
     done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=60)
     assert [int(line) for line in done.stdout.split()] == pytest.approx(kept, abs=2), done.stderr
+
+
+def test_a_script_reads_input_that_is_not_utf_8():
+    """One such query must not end a search that answers line by line."""
+    script = "import sys; from extras import runtime; runtime.run(lambda: print(ascii(sys.stdin.read())))"
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(Path(runtime.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", script], input=b"caf\xe9\n", capture_output=True, env=strict)
+    assert (done.returncode, done.stdout.decode().strip()) == (0, r"'caf\ufffd\n'")
