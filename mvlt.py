@@ -201,7 +201,8 @@ class Recipe:
         require_range(self, ("mask_ratio", "mask_pictures", "mask_words", "hard_from", "drop_caption"), 0, 1)
         require_range(self, ("itm_from", "smoothing"), 0, 1, high_included=False)
         rule = "must be 1 without itm and itc: the towers choose the wrong captions of matching"
-        require(self.hard_from == 1 or {"itm", "itc"} <= chosen, "hard_from", rule, self.hard_from)
+        good = self.hard_from == 1 or all(self.weights.get(name) for name in ("itm", "itc"))
+        require(good, "hard_from", rule, self.hard_from)
         require(self.hard_from < 1 or "distil" not in chosen, "hard_from", "must be below 1 for distil", self.hard_from)
         rule = "must be both, unless cr is the only objective"
         require(self.modality == "both" or chosen == {"cr"}, "modality", rule, self.modality)

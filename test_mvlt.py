@@ -1272,6 +1272,10 @@ def test_recognition_reads_what_it_is_told_to(modality):
             dict(objectives="mlm,itc", hard_from=0.5),
             "hard_from must be 1 without itm and itc: the towers choose the wrong captions of matching, got 0.5",
         ),
+        (
+            dict(objectives="itm,itc:0", hard_from=0.5),
+            "hard_from must be 1 without itm and itc: the towers choose the wrong captions of matching, got 0.5",
+        ),
         (dict(objectives="itm,itc,distil"), "hard_from must be below 1 for distil, got 1.0"),
         (dict(modality="image"), "modality must be both, unless cr is the only objective, got 'image'"),
         (

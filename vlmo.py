@@ -155,7 +155,7 @@ class Recipe:
         good = self.text_until >= self.image_until or not {"mim", "textmlm"} <= set(chosen)
         require(good, "text_until", rule, self.text_until)
         require(type(self.second_contrast) is bool, "second_contrast", "must be True or False", self.second_contrast)
-        good = "itc" in chosen or "itm" not in chosen or self.hard == 0
+        good = chosen.get("itc") or "itm" not in chosen or self.hard == 0  # a weight of 0 trains no towers
         require(good, "hard", "must be 0 for itm without itc: the towers choose the hard negatives", self.hard)
 
     @property
