@@ -17,7 +17,8 @@ V1..V4 -> U-Net decoder -> MIR: the picture (Eq. 5)              |-- T4 at [CLS]
                                                                  '-- T4 where hidden  -> MLM: which word? (Eq. 7)
 
 Not in the paper: two towers, trained by a contrastive loss (ITC). The same stages read a picture alone (V3, V4 -> image
-tower) and a caption alone (mean of T4 -> text tower). ITM also lets both towers read a fused pair (`match_pair`).
+tower) and a caption alone (its word embeddings, T4 -> text tower). ITM also lets both towers read a fused pair
+(`match_pair`).
 
 Letters: B pairs of a slice (the part of a batch that one forward pass reads), G pairs of the global batch, L words
 (BERT's word pieces), H and W the picture's sides, P patch side, k the stage 1..4, D_k its width, M_k its depth, N its
@@ -518,7 +519,7 @@ class MVLT(nn.Module):
         self.category_head = TextHead(c, c.n_category) if c.n_category else None
         self.subcategory_head = TextHead(c, c.n_subcategory) if c.n_subcategory else None
         self.image_tower = Tower(sum(min(4, c.side(k)) ** 2 * c.dims[k] for k in (2, 3)), c.embed_dim)
-        self.text_tower = Tower(c.dims[3], c.embed_dim)
+        self.text_tower = Tower(c.token_dim + c.dims[3], c.embed_dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # the learnt temperature, as in CLIP
         self.apply(initialise)
         centre_pixels(self.stages[0].embed_image)
@@ -582,14 +583,22 @@ class MVLT(nn.Module):
             parts.append(F.layer_norm(v, v.shape[3:]).flatten(1))
         return torch.cat(parts, dim=1)
 
+    def means(self, text, tokens):
+        """What the text tower reads: the means of the word embeddings and of T4, each normalised, in one vector."""
+        real = (tokens != 0).unsqueeze(2)  # (B, L, 1)
+        parts = []
+        for t in (self.words.word(tokens), text[3]):
+            mean = (t * real).sum(1) / real.sum(1).clamp(min=1)  # without the padding
+            parts.append(F.layer_norm(mean, mean.shape[1:]))
+        return torch.cat(parts, dim=1)
+
     def image_vector(self, visual):
         """The image tower: unit vectors (B, embed_dim)."""
         return self.image_tower(self.places(visual))
 
     def text_vector(self, text, tokens):
-        """The text tower: unit vectors (B, embed_dim), from the mean of T4 over the words that are not padding."""
-        real = (tokens != 0).unsqueeze(2)  # (B, L, 1)
-        return self.text_tower((text[3] * real).sum(1) / real.sum(1).clamp(min=1))
+        """The text tower: unit vectors (B, embed_dim)."""
+        return self.text_tower(self.means(text, tokens))
 
     def embed_images(self, images):
         """The vectors (B, embed_dim) of pictures that are read alone."""
@@ -1026,7 +1035,8 @@ def table(size):
     shape = lambda x: " x ".join(map(str, x.shape[1:]))
     with torch.device("meta"):
         model, image = MVLT(c).eval(), torch.empty(1, 3, c.image_size, c.image_size)
-        text, work = multiply_adds(model.words, torch.ones(1, c.text_len, dtype=torch.long))
+        tokens = torch.ones(1, c.text_len, dtype=torch.long)
+        text, work = multiply_adds(model.words, tokens)
         rows, visual = [("word input", "", shape(text), "", millions(model.words), work)], []
         for k, stage in enumerate(model.stages):
             (image, text), work = multiply_adds(stage, image, text, None)
@@ -1038,7 +1048,7 @@ def table(size):
             ("ITM head", model.match_head, text[:, 0]),
             ("MLM head", model.word_head, hidden, model.words.word.weight),
             ("image tower", model.image_tower, model.places(visual)),
-            ("text tower", model.text_tower, text[:, 0]),
+            ("text tower", model.text_tower, model.means([text] * 4, tokens)),
         ]:
             rows.append((name, "", "", "", millions(part), multiply_adds(part, *inputs)[1]))
     return rows + [("in all", "", "", "", millions(model), sum(row[-1] for row in rows))]

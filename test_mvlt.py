@@ -992,8 +992,35 @@ def test_towers_give_unit_vectors_from_one_side_alone(seed, lengths):
         assert_equal([vectors.norm(dim=1)], [torch.ones(len(lengths))])
     _, text = model.encode(None, tokens)
     for i, length in enumerate(lengths):
-        mean = sum(text[3][i, j] for j in range(length)) / length
-        assert_equal([model.text_tower(mean[None])], [model.embed_texts(tokens)[i : i + 1]])
+        means = means_word_by_word(model, text[3][i, :length], tokens[i, :length])
+        assert_equal([model.text_tower(means[None])], [model.embed_texts(tokens)[i : i + 1]])
+
+
+def test_the_text_tower_trains_the_word_embeddings_directly_and_the_stages():
+    model, tokens = lively(SMALL), captions(SMALL, [6])
+    t4 = [t.detach() for t in model.encode(None, tokens)[1]]
+    without_stages = model.text_vector(t4, tokens)[0, 0]
+    (gradient,) = torch.autograd.grad(without_stages, model.words.word.weight)
+    read = torch.zeros(len(gradient), dtype=torch.bool)
+    read[tokens] = True
+    assert ((gradient != 0).any(dim=1) == read).all()
+    last = model.stages[3].blocks[-1].mlp.fc2.weight
+    (gradient,) = torch.autograd.grad(model.embed_texts(tokens)[0, 0], last)
+    assert gradient.abs().max() > 0
+
+
+def normalised(x):
+    """x with a mean of 0 and a variance of 1 (a little less, for the 1e-5) over its last dimension."""
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+
+
+def means_word_by_word(model, t4, tokens):
+    """What the text tower reads of one caption without padding, t4 (L, D4) and tokens (L,), written out."""
+    embeddings = model.words.word.weight
+    alone = sum(embeddings[token] for token in tokens) / len(tokens)
+    in_context = sum(t4) / len(tokens)
+    return torch.cat([normalised(alone), normalised(in_context)])
 
 
 def places_one_by_one(visual, batch):
@@ -1009,8 +1036,7 @@ def places_one_by_one(visual, batch):
                     for cell in (down, right)
                 )
                 mean = sum(v[:, :, y, x] for y in rows for x in columns) / len(rows) / len(columns)  # (B, D_k)
-                centred = mean - mean.mean(dim=1, keepdim=True)
-                places.append(centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt())
+                places.append(normalised(mean))
     return torch.cat(places, dim=1).view(batch, -1)
 
 
@@ -1172,8 +1198,9 @@ def test_a_batch_without_a_wrong_caption_is_matched():
 
 def vectors_alone(model, visual, text, tokens):
     """The towers on what the fusion made of one pair, written out."""
-    picture = model.image_tower(places_one_by_one(visual, 1))
-    return picture, model.text_tower(text[3][:, : int((tokens != 0).sum())].mean(dim=1))
+    length = int((tokens != 0).sum())
+    means = means_word_by_word(model, text[3][0, :length], tokens[0, :length])
+    return model.image_tower(places_one_by_one(visual, 1)), model.text_tower(means[None])
 
 
 def match_alone(model, visual, text, tokens):
