@@ -1017,7 +1017,8 @@ def test_an_impossible_shape_is_refused_by_name(setting, value):
 
 
 @pytest.mark.parametrize("name, given", [
-    ("objectives", dict(objectives="itc,mir")), ("hard", dict(objectives="itm")), ("mask_ratio", dict(mask_ratio=1.5)),
+    ("objectives", dict(objectives="itc,mir")), ("hard", dict(objectives="itm")),
+    ("hard", dict(objectives="itm,itc:0")), ("mask_ratio", dict(mask_ratio=1.5)),
     ("text_until", dict(image_until=0.5, text_until=0.4)), ("second_contrast", dict(second_contrast="no")),
 ])
 def test_an_impossible_recipe_is_refused_by_name(name, given):
