@@ -485,7 +485,6 @@ class Tower(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole
 
-SIMILARITY = 5.0  # what a similarity of 1 between the towers' vectors adds to the logit of a match
 # Parts of the names of the parameters that only a picture reaches: recognition of captions alone freezes them
 READS_PICTURES = (".embed_image", ".norm_image", ".position_image", ".attn.sr", ".attn.norm")
 
@@ -617,14 +616,14 @@ class MVLT(nn.Module):
     def match_pair(self, visual, text, tokens):
         """
         ITM of pairs that were read together, (B, 2) logits. With the objective itc the towers also read the fused maps
-        and words, and SIMILARITY times the cosine of their two vectors is added to the logit of a match: ITM is better
-        than a guess as soon as the towers are.
+        and words, and their two vectors' similarity, scaled as in the contrast, is added to the logit of a match: ITM
+        is better than a guess as soon as the towers are.
         """
         logits = self.match(text)
         if "itc" in self.recipe.weights:
             image, caption = self.pair_vectors(visual, text, tokens)
-            similarity = (image * caption).sum(1)  # (B,)
-            logits = logits.float() + SIMILARITY * torch.stack([torch.zeros_like(similarity), similarity], dim=1)
+            similarity = capped_scale(self.log_scale.detach()) * (image * caption).sum(1, keepdim=True)  # (B, 1)
+            logits = logits.float() + F.pad(similarity, (1, 0))
         return logits
 
     # --- What the scripts ask of a model ---
@@ -700,10 +699,11 @@ class MVLT(nn.Module):
             matched = torch.randperm(G, generator=draw("match")) % 2 == 0  # half of the pairs get a wrong caption
         if r.unmasked_itm:
             matched = matched | masked  # a masked pair is for rebuilding, and so keeps its own caption
+        log_lift = torch.zeros(G)
         hard = vectors is not None and r.hard_from < 1 and progress >= r.hard_from
         if hard:
             vectors = vectors.cpu().float()
-            place = self.choose_captions(vectors, split.same(rows), matched, draw)
+            place, log_lift = self.choose_captions(vectors, split.same(rows), matched, draw)
             matched = place == torch.arange(G)
             captions = rows[place]
         elif matched.all():
@@ -733,8 +733,8 @@ class MVLT(nn.Module):
         subcategory, share_subcategory = share_known(split.subcategories[rows], name)
         plan = dict(
             tokens=tokens, words=words, units=units & masked[:, None, None, None], matched=matched, rebuild=rebuild,
-            predict=predict, judge=judge, category=category, share_category=share_category, subcategory=subcategory,
-            share_subcategory=share_subcategory,
+            predict=predict, judge=judge, log_lift=log_lift, category=category, share_category=share_category,
+            subcategory=subcategory, share_subcategory=share_subcategory,
         )
         if "distil" in objectives and hard:
             plan["alone"] = torch.stack([vectors[0], vectors[1, place]], dim=1)  # (G, 2, embed_dim)
@@ -745,11 +745,15 @@ class MVLT(nn.Module):
         """
         For each of G pairs the place in the batch of the caption that it reads: its own where it is matched (or the
         batch has no wrong one), else a wrong one, drawn in proportion to how likely the towers find it, as in ALBEF.
+        Also log_lift (G,), the logarithm of how many times as likely as by chance such a draw takes that caption.
         """
         images, texts = vectors
-        scale = min(100.0, self.log_scale.exp().item())
-        wrong = hard_negatives(scale * images @ texts.T, same, 1.0, draw("negatives"))
-        return torch.where(matched | (wrong < 0), torch.arange(len(same)), wrong)
+        logits = capped_scale(self.log_scale.detach().cpu()) * images @ texts.T
+        wrong = hard_negatives(logits, same, 1.0, draw("negatives"))
+        place = torch.where(matched | (wrong < 0), torch.arange(len(same)), wrong)
+        by_chance = logits.masked_fill(same, float("-inf")).logsumexp(dim=1) - (~same).sum(dim=1).log()
+        log_lift = logits.gather(1, place[:, None])[:, 0] - by_chance
+        return place, log_lift.masked_fill(wrong < 0, 0.0)
 
     def losses(self, images, plan):
         """{objective: sum over the items of this slice}; images (B, 3, H, W), plan: this slice of `plan`'s tensors."""
@@ -762,8 +766,9 @@ class MVLT(nn.Module):
             rebuilt = self.reconstruct([v[rebuild] for v in visual])
             losses["mir"] = rebuild.sum() * mir_loss(rebuilt, images[rebuild])
         if "itm" in objectives:
-            logits = self.match_pair(visual, text, plan["tokens"])[judge]
-            losses["itm"] = judge.sum() * itm_loss(logits, plan["matched"][judge])
+            logits = self.match_pair(visual, text, plan["tokens"])
+            logits = logits - F.pad(plan["log_lift"][:, None], (1, 0))  # the logit's part that is due to the draw
+            losses["itm"] = judge.sum() * itm_loss(logits[judge], plan["matched"][judge])
         if "alone" in plan:
             fused = self.pair_vectors(visual, text, plan["tokens"])
             losses["distil"] = distil_loss(fused[:, judge], plan["alone"][judge].transpose(0, 1))
@@ -936,6 +941,11 @@ def mlm_loss(logits, words):
     return cross_entropy(logits, words)
 
 
+def capped_scale(log_scale):
+    """What the contrast multiplies similarities by: exp(log_scale), learnt, at most 100 as in CLIP."""
+    return log_scale.float().clamp(max=math.log(100)).exp()
+
+
 def itc_loss(image_vectors, text_vectors, log_scale, same, smoothing=0.0, taught=None):
     """
     Image-text contrastive loss (not in the paper): InfoNCE both ways between unit vectors (G, embed_dim).
@@ -943,7 +953,7 @@ def itc_loss(image_vectors, text_vectors, log_scale, same, smoothing=0.0, taught
     out of the softmax. smoothing: the share of the target that is spread evenly over an entry's pair and its negatives.
     taught (G, G): the scaled similarities, picture x caption, of the teachers; their softmax is TAUGHT of the target.
     """
-    scale = log_scale.float().clamp(max=math.log(100)).exp()
+    scale = capped_scale(log_scale)
     with torch.autocast(image_vectors.device.type, enabled=False):  # fp32: near 14, bf16 has steps of 0.06
         logits = scale * image_vectors.float() @ text_vectors.float().T
     own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)

@@ -1177,6 +1177,44 @@ def test_the_towers_choose_the_wrong_captions_that_they_find_likely():
     assert torch.equal(plan["words"][:, 1], torch.where(plan["matched"], torch.arange(4), likely) + 5)
 
 
+@given(seed=SEEDS, log_scale=st.floats(-1, 4))
+def test_log_lift_is_how_many_times_as_likely_as_by_chance_a_caption_is_drawn(seed, log_scale):
+    model = stepper(mvlt.Recipe(objectives="itm,itc", hard_from=0.0))
+    model.log_scale.data.fill_(log_scale)
+    vectors = nn.functional.normalize(torch.randn(2, 5, 3, generator=gen(seed)), dim=2)
+    same = torch.rand(5, 5, generator=gen(seed)) < 0.3
+    same = same | same.T | torch.eye(5, dtype=torch.bool)
+    same[4] = same[:, 4] = True  # no caption is wrong for pair 4
+    matched = torch.tensor([True, False, False, True, False])
+    place, log_lift = model.choose_captions(vectors, same, matched, drawer(seed))
+    for i, j in enumerate(place.tolist()):
+        favour = [math.exp(math.exp(log_scale) * vectors[0, i] @ vectors[1, k]) for k in range(5)]
+        wrong = [favour[k] for k in range(5) if not same[i, k]]
+        expected = favour[j] / (sum(wrong) / len(wrong)) if wrong else 1.0
+        assert log_lift[i].item() == pytest.approx(math.log(expected), abs=1e-3)
+        assert j == i or not (matched[i] or same[i, j])
+
+
+def test_captions_are_drawn_as_often_as_their_lift_says():
+    """Of n wrong captions each is drawn with probability lift / n."""
+    model = stepper(mvlt.Recipe(objectives="itm,itc", hard_from=0.0))
+    vectors = nn.functional.normalize(torch.randn(2, 4, 3, generator=gen(0)), dim=2)
+    model.log_scale.data.fill_(1.0)
+    counts, lift = torch.zeros(4, 4), torch.zeros(4, 4)
+    for seed in range(1000):
+        place, log_lift = model.choose_captions(vectors, torch.eye(4).bool(), torch.zeros(4).bool(), drawer(seed))
+        counts[torch.arange(4), place] += 1
+        lift[torch.arange(4), place] = log_lift.exp()
+    for count, chance in zip(counts.flatten().tolist(), (lift / 3).flatten().tolist()):
+        assert abs(count - 1000 * chance) <= deviation(1000, chance)
+
+
+def test_where_wrong_captions_are_drawn_evenly_no_logit_is_corrected():
+    recipe = mvlt.Recipe(objectives="itm,itc", hard_from=0.5)
+    plan, _ = stepper(recipe).plan(shop(), torch.arange(8), drawer(0), tower_vectors(recipe, 8, 0), 0.4)
+    assert not plan["log_lift"].any() and not plan["matched"].all()
+
+
 def test_pictures_are_masked_and_captions_dropped_with_their_probabilities():
     recipe = mvlt.Recipe(objectives="mir,cr", mask_unit=8, mask_pictures=0.3, drop_caption=0.2)
     plan, _ = stepper(recipe).plan(shop(), torch.zeros(4000, dtype=torch.long), drawer(0), None, 1.0)
@@ -1210,7 +1248,7 @@ def match_alone(model, visual, text, tokens):
     logits = model.match(text)
     if "itc" in model.recipe.weights:
         picture, caption = vectors_alone(model, visual, text, tokens)
-        logits[0, 1] += 5 * (picture @ caption.T).squeeze()
+        logits[0, 1] += model.log_scale.exp() * (picture @ caption.T).squeeze()
     return logits
 
 
@@ -1234,6 +1272,7 @@ def test_the_losses_are_those_of_the_papers_equations_over_the_pairs_that_count(
             expected["mir"] += F.smooth_l1_loss(model.reconstruct(visual), images[i : i + 1].float())
         if "itm" in count and plan["judge"][i]:
             logits = match_alone(model, visual, text, plan["tokens"][i : i + 1])
+            logits[0, 1] -= plan["log_lift"][i]
             expected["itm"] += F.cross_entropy(logits, plan["matched"][i : i + 1].long())
         if "distil" in count and plan["judge"][i]:
             j = int(plan["words"][i, 1]) - 5

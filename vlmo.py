@@ -43,6 +43,7 @@ from extras import vlmo_weights
 from extras.runtime import Linear, linear
 from mvlt import (
     DropPath,
+    capped_scale,
     draw_units,
     hard_negatives,
     itc_loss,
@@ -680,8 +681,7 @@ class VLMo(nn.Module):
         logits = torch.zeros(same.shape)
         if vectors is not None:  # both directions by the first contrast
             image, text = vectors[:2].detach().cpu().float()
-            scale = min(100.0, self.log_scale.exp().item())
-            logits = scale * image @ text.T
+            logits = capped_scale(self.log_scale.detach().cpu()) * image @ text.T
         hard = self.recipe.hard
         other = hard_negatives(logits.T, same, hard, draw("negative pictures"))
         wrong = hard_negatives(logits, same, hard, draw("negative captions"))

@@ -13,6 +13,7 @@ import data
 import eval as evaluation
 from extras import weights
 from extras.runtime import UserError
+from mvlt import capped_scale
 
 
 class Teachers:
@@ -33,7 +34,7 @@ class Teachers:
             if its_split.digest != split.digest:
                 raise UserError(f"--teachers: {path} reads other rows of {folder} than this run")
             towers = evaluation.read_towers(model, its_split, what=f"teacher {path}")
-            images.append(min(100.0, model.log_scale.exp().item()) / len(paths) * towers.images)
+            images.append(capped_scale(model.log_scale.detach().cpu()) / len(paths) * towers.images)
             texts.append(towers.texts)
             for weight in model.state_dict().values():
                 self.digest = zlib.crc32(weight.cpu().numpy().tobytes(), self.digest)
