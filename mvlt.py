@@ -767,7 +767,7 @@ class MVLT(nn.Module):
             losses["mir"] = rebuild.sum() * mir_loss(rebuilt, images[rebuild])
         if "itm" in objectives:
             logits = self.match_pair(visual, text, plan["tokens"])
-            logits = logits - F.pad(plan["log_lift"][:, None], (1, 0))  # the logit's part that is due to the draw
+            logits = logits - F.pad(plan["log_lift"][:, None], (1, 0))  # ITM need not learn how they are drawn
             losses["itm"] = judge.sum() * itm_loss(logits[judge], plan["matched"][judge])
         if "alone" in plan:
             fused = self.pair_vectors(visual, text, plan["tokens"])
