@@ -828,13 +828,17 @@ def ended(brief, tmp_path_factory):
 
 
 def resume(run):
-    """Go on; the message of the refusal, or None. A refusal is one line and leaves the run's folder as it is."""
+    """
+    Go on; the message of the refusal, or None. A refusal is one line and leaves the run's folder as it is; a run that
+    diverges in a later step leaves last.pt.
+    """
     before = files_of(run)
     try:
         in_process(run, *RESUME)
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
-        assert files_of(run) == before
+        after, last = files_of(run), run / "last.pt"
+        assert after == before or (str(error).startswith("step ") and after[last] == before[last])
         return str(error)
     return None
 
@@ -899,6 +903,15 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_it_or_does_no_ha
     if said is None:
         assert all(value.isfinite().all() for value in weights_of(run).values())
     shutil.rmtree(run.parent)
+
+
+def test_a_checkpoint_with_an_absurd_learning_rate_diverges_and_stays_as_it_is(brief, tmp_path):
+    run = copy_of(brief, tmp_path)
+    contents = weights.read(run / "last.pt")
+    contents["run"]["lr"] = 1e30
+    torch.save(contents, run / "last.pt")
+    said = resume(run)
+    assert said.startswith("step 3: ") and str(run / "last.pt") in said
 
 
 @settings(deadline=None, max_examples=25)
