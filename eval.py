@@ -47,6 +47,7 @@ from extras.metrics import (
     ssim,
 )
 from extras.runtime import UserError, quoted
+from mvlt import capped_scale
 
 TASKS = {  # task -> (objectives, any of which trains a run for it; the method that does it)
     "retrieval": (("itm", "itc"), "score"),
@@ -221,7 +222,7 @@ def both(model, near, scores):
     The towers' logits (cosines times the learnt scale) plus half of ITM's (match - mismatch): half, because the two are
     correlated (EXPERIMENTS.md).
     """
-    return min(100.0, model.log_scale.exp().item()) * near + scores / 2
+    return capped_scale(model.log_scale.detach().cpu()) * near + scores / 2
 
 
 class Ranking(NamedTuple):

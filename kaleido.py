@@ -2,8 +2,8 @@
 Kaleido-BERT, vision-language pre-training on the fashion domain (Zhuge et al., CVPR 2021), in one file.
 
 Read it beside the paper: KPG (Sec. 3.2) is `frame` to `patches`, AAG (3.3) is `Captioner` and `align`, AGM (3.4) is
-`agm`, the transformer (3.5) is `WordInput` to `Block`, the changes of Fig. 5 are `turn` to `blank`, and Sec. 3.6 (what
-one training step does, Eq. 1 to 8) is `Kaleido.plan` and `Kaleido.answers`.
+`agm`, the transformer (3.5) is `Level` to `Block` (the words enter as MVLT's, by its `WordInput`), the changes of Fig.
+5 are `turn` to `blank`, and Sec. 3.6 (what one training step does, Eq. 1 to 8) is `Kaleido.plan` and `Kaleido.answers`.
 
    picture (B, 3, H, H)                                           caption (B, L) word ids
       |  KPG: the box of the object, cut into                        |
@@ -42,6 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from extras import foreign, kaleido_weights
 from extras.runtime import Linear
 from mvlt import (
+    WordInput,
     empty_captions,
     parse_objectives,
     require,
@@ -378,22 +379,6 @@ class ConvEncoder(nn.Module):
 # Sec. 3.5, the transformer
 
 
-class WordInput(nn.Module):
-    """BERT's input layer: word + position + segment 0, LayerNorm, dropout."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.word = nn.Embedding(c.vocab_size, c.width)
-        self.position = nn.Parameter(torch.zeros(c.text_len, c.width))
-        self.segment = nn.Parameter(torch.zeros(c.width))
-        self.norm = nn.LayerNorm(c.width, eps=1e-12)
-        self.dropout = nn.Dropout(c.dropout)
-
-    def forward(self, tokens):
-        x = self.word(tokens) + self.position[: tokens.shape[1]] + self.segment
-        return self.dropout(self.norm(x))  # (B, L, D)
-
-
 class Level(nn.Module):
     """The patches of one level enter: FC(feature) + FC(segment) + FC(place), LayerNorm. Segment: one vector a level."""
 
@@ -690,7 +675,7 @@ class Kaleido(nn.Module):
         self.recipe = recipe or Recipe()
         self.vocabulary, self.labels = [], {}
         self.recompute = False  # True: recompute activations in the backward pass (less memory, a third more work)
-        self.words = WordInput(c)
+        self.words = WordInput(c.vocab_size, c.text_len, c.width, c.dropout)
         self.encoder = ConvEncoder(c) if c.encoder == "conv" else kaleido_weights.ResNet50()
         self.levels = nn.ModuleList(Level(c) for _ in LEVELS)
         self.place = nn.Linear(5, c.width, bias=False)  # shared by the levels

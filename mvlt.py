@@ -246,17 +246,17 @@ RECIPES = {"demo": dict(size="pico"), "paper": PAPER, "plus": PLUS, "towers": TO
 class WordInput(nn.Module):
     """BERT's input layer: word + position + segment 0, LayerNorm, dropout."""
 
-    def __init__(self, c):
+    def __init__(self, vocab_size, text_len, width, dropout):
         super().__init__()
-        self.word = nn.Embedding(c.vocab_size, c.token_dim)
-        self.position = nn.Parameter(torch.zeros(c.text_len, c.token_dim))
-        self.segment = nn.Parameter(torch.zeros(c.token_dim))
-        self.norm = nn.LayerNorm(c.token_dim, eps=1e-12)
-        self.dropout = nn.Dropout(c.dropout)
+        self.word = nn.Embedding(vocab_size, width)
+        self.position = nn.Parameter(torch.zeros(text_len, width))
+        self.segment = nn.Parameter(torch.zeros(width))
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens):
         x = self.word(tokens) + self.position[: tokens.shape[1]] + self.segment
-        return self.dropout(self.norm(x))  # (B, L, token_dim)
+        return self.dropout(self.norm(x))  # (B, L, width)
 
 
 def attend(q, k, v, seen):
@@ -510,7 +510,7 @@ class MVLT(nn.Module):
         self.recompute = False  # True: recompute activations in the backward pass (less memory, a third more work)
         blocks = sum(c.depths)
         rates = iter(c.drop_path * i / max(1, blocks - 1) for i in range(blocks))
-        self.words = WordInput(c)
+        self.words = WordInput(c.vocab_size, c.text_len, c.token_dim, c.dropout)
         self.stages = nn.ModuleList(Stage(c, k, [next(rates) for _ in range(c.depths[k])]) for k in range(4))
         self.decoder = Decoder(c)
         self.match_head = TextHead(c, 2)
@@ -745,7 +745,9 @@ class MVLT(nn.Module):
         """
         For each of G pairs the place in the batch of the caption that it reads: its own where it is matched (or the
         batch has no wrong one), else a wrong one, drawn in proportion to how likely the towers find it, as in ALBEF.
-        Also log_lift (G,), the logarithm of how many times as likely as by chance such a draw takes that caption.
+        Also log_lift (G,), the logarithm of how many times as likely as by chance such a draw takes that caption. ITM's
+        loss reads the logit less log_lift (noise-contrastive estimation), so that the logit itself goes on to compare
+        with captions drawn evenly.
         """
         images, texts = vectors
         logits = capped_scale(self.log_scale.detach().cpu()) * images @ texts.T
@@ -767,7 +769,7 @@ class MVLT(nn.Module):
             losses["mir"] = rebuild.sum() * mir_loss(rebuilt, images[rebuild])
         if "itm" in objectives:
             logits = self.match_pair(visual, text, plan["tokens"])
-            logits = logits - F.pad(plan["log_lift"][:, None], (1, 0))  # ITM need not learn how they are drawn
+            logits = logits - F.pad(plan["log_lift"][:, None], (1, 0))  # what the draw of captions accounts for
             losses["itm"] = judge.sum() * itm_loss(logits[judge], plan["matched"][judge])
         if "alone" in plan:
             fused = self.pair_vectors(visual, text, plan["tokens"])
