@@ -13,6 +13,7 @@ any micro-batch size and a resumed run compute the same step, up to dropout and 
 """
 
 import argparse
+import copy
 import fcntl
 import itertools
 import json
@@ -79,6 +80,7 @@ class Settings:
     weight_decay: float = setting(1e-4, "Weight decay of matrices; norms and biases have none.")
     beta2: float = setting(0.999, "AdamW's second beta.")
     clip: float = setting(1.0, "Clip the norm of the gradient at this value.")
+    average: bool = setting(False, "Validate and save the mean of the weights over the last tenth of the steps so far.")
     mirror: float = setting(0.0, "Augmentation: probability of mirroring a picture.")
     shift: int = setting(0, "Augmentation: move pictures by up to this many pixels.")
     zoom: float = setting(0.0, "Augmentation: width and height of the crop each vary by up to this fraction.")
@@ -366,6 +368,16 @@ def freeze_all_but(model, names):
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in names
+
+
+@torch.no_grad()
+def follow(average, model, step):
+    """
+    Move the averaged weights towards the model's after step number `step`: polynomial-decay averaging (Shamir and Zhang
+    2013) with eta = 8, which reaches back over about the last tenth of the steps so far.
+    """
+    for mean, weight in zip(average.parameters(), model.parameters()):
+        mean.lerp_(weight, 9 / (8 + step))
 
 
 def make_optimizer(model, s):
@@ -718,6 +730,8 @@ def train(args, given):
     order = [model.reads(step / s.steps) for step in range(s.steps)]
     pools = open_pools(s, splits["train"], order, args.skip_bad)
     untrained = check_plans(model, pools, order)
+    result = copy.deepcopy(model).eval() if s.average else model  # what is validated and saved
+    result.learnt = model.learnt
 
     # resume
     step, best = 0, -math.inf
@@ -735,6 +749,8 @@ def train(args, given):
         weights.load_optimizer(path, optimizer, saved["optimizer"])
         step, best, origin = saved["step"], saved["best"], f"{path}, step {saved['step']}"
         model.recompute = s.recompute
+        if s.average:
+            model.load_state_dict(weights.check_unaveraged(path, saved, model))
     if first:
         describe(model, s, splits, tokenizer, origin, device)
         if untrained:
@@ -745,8 +761,10 @@ def train(args, given):
 
     def save(path):
         rest = dict(optimizer=optimizer.state_dict(), step=step, run=asdict(s), best=best, data=digests)
+        if s.average:
+            rest["unaveraged"] = model.state_dict()  # what a resumed run goes on with
         try:
-            weights.save(path, model, **rest)
+            weights.save(path, result, **rest)
         except (UserError, RuntimeError, OSError) as error:  # torch hides a full disk behind an error of its own
             cause = error.__context__ or error
             hint = "what was saved before is intact"
@@ -784,6 +802,8 @@ def train(args, given):
             optimizer.zero_grad(set_to_none=True)
             model.learnt |= {name for name in model.active(progress) if model.recipe.weights[name] > 0}
             step += 1
+            if s.average:
+                follow(result, model, step)
 
             if first:
                 log.count(step)
@@ -794,17 +814,17 @@ def train(args, given):
                 with saved_if_full():
                     log.losses(step, {**line, "memory_gb": runtime.memory_gb(device)})
             if step % s.save_every == 0 or step == s.steps:
-                values = evaluation.validate(model, splits["val"], s.seed, progress)
+                values = evaluation.validate(result, splits["val"], s.seed, progress)
                 if first:
                     check_finite(step, {f"validation's {n}": v for n, v in values.items()}, [], out / "last.pt")
                     with saved_if_full():  # logged before it is saved: a killed run logs it again
                         log.validation(step, values)
-                    goodness = evaluation.goodness(model, values)
+                    goodness = evaluation.goodness(result, values)
                     if set(model.active(progress)) == set(model.active(1.0)) and goodness > best:
                         best = goodness
                         save(out / "best.pt")
                     save(out / "last.pt")
-                    draw_samples(model, splits["val"], out, step, s.seed)
+                    draw_samples(result, splits["val"], out, step, s.seed)
             if stop and step < s.steps:
                 if first:
                     save(out / "last.pt")

@@ -174,6 +174,16 @@ def check_training_state(path, contents, settings):
         raise UserError(f"--resume: {path} is a run of another version of train.py (settings {quoted(differ)})")
 
 
+def check_unaveraged(path, contents, model):
+    """The weights that `train.py --resume` goes on with where the file's model is a moving average, checked."""
+    tensors, own = contents.get("unaveraged"), model.state_dict()
+    good = isinstance(tensors, dict) and tensors.keys() == own.keys() and all(is_plain(t) for t in tensors.values())
+    good = good and all(t.shape == own[name].shape and t.isfinite().all() for name, t in tensors.items())
+    if not good:
+        raise UserError(f"--resume: {path} is damaged (unaveraged must be finite weights of the model)")
+    return tensors
+
+
 def load_optimizer(path, optimizer, state):
     """Restore the optimiser's moments and counts of steps, checked; its settings are those of the run."""
     own = optimizer.state_dict()["param_groups"]

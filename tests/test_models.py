@@ -400,7 +400,8 @@ def test_muon_trains_the_hidden_matrices_and_adamw_all_else(shop, name):
 
 
 def run_of(name, shop, *more):
-    common = "--steps 6 --batch-size 6 --lr 5e-4 --log-every 1 --save-every 4 --mirror 0.5 --shift 1 --zoom 0.2"
+    common = """--steps 6 --batch-size 6 --lr 5e-4 --log-every 1 --save-every 4 --mirror 0.5 --shift 1 --zoom 0.2
+        --average"""
     return ["--model", name, *flags_of(name), *RUN[name].split(), *common.split(), "--data", shop, *more]
 
 

@@ -73,7 +73,7 @@ def flags_of(name):
 
 TINY = [*flags_of("mvlt"), "--mask-unit", "8"]
 RUN = """--steps 8 --batch-size 6 --lr 5e-4 --log-every 1 --save-every 3 --itm-from 0.25 --hard-from 0.25
-    --objectives mir,itm:3,mlm,itc,distil,cr --mirror 0.5 --shift 1 --zoom 0.2""".split()  # everything, and dropout
+    --objectives mir,itm:3,mlm,itc,distil,cr --mirror 0.5 --shift 1 --zoom 0.2 --average""".split()  # everything
 EXACT = "--no-bf16 --dropout 0 --drop-path 0".split()  # where only the order of a sum may differ
 ONE_STEP = [*TINY, "--steps", "1", "--batch-size", "4"]
 RESUME = ["--resume", "--device", "cpu"]
@@ -241,6 +241,7 @@ def state(run):
     """Every tensor and number that the next step would depend on."""
     saved = weights.read(run / "last.pt")
     found = dict(saved["model"])
+    found |= {f"unaveraged {name}": value for name, value in saved.get("unaveraged", {}).items()}
     for number, moments in saved["optimizer"]["state"].items():
         found |= {f"{number} {name}": value for name, value in moments.items()}
     for name in ("step", "best"):
@@ -451,6 +452,46 @@ def test_norms_and_biases_are_not_decayed_and_the_second_beta_is_the_settings(un
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             assert (parameter.ndim > 1) == (group["weight_decay"] == 0.3)
+
+
+@laws
+@given(st.integers(1, 200), SEEDS)
+def test_the_average_forgets_the_fresh_weights_and_weighs_step_t_in_proportion_to_t_to_t_plus_7(steps, seed):
+    fresh, *seen = torch.randn(steps + 1, 3, generator=torch.Generator().manual_seed(seed)).double()
+    model, average = torch.nn.Linear(3, 1, bias=False).double(), torch.nn.Linear(3, 1, bias=False).double()
+    average.weight.data[0] = fresh
+    for step, weight in enumerate(seen, 1):
+        model.weight.data[0] = weight
+        train.follow(average, model, step)
+    shares = [math.prod(range(step, step + 8)) for step in range(1, steps + 1)]  # t (t + 1) ... (t + 7)
+    expected = sum(share / sum(shares) * weight for share, weight in zip(shares, seen))
+    torch.testing.assert_close(average.weight.detach()[0], expected, atol=1e-12, rtol=1e-9)
+
+
+def test_what_is_saved_is_the_average_of_the_weights_after_every_step(shop, tmp_path, monkeypatch):
+    averages, seen, save = [], [], weights.save
+
+    def spy(path, model, **rest):
+        if path.name == "last.pt":
+            averages.append(copy.deepcopy(model.state_dict()))
+            seen.append(copy.deepcopy(rest["unaveraged"]))
+        save(path, model, **rest)
+
+    monkeypatch.setattr(weights, "save", spy)
+    out = in_process(tmp_path / "run", *TINY, *RUN, "--data", shop, "--save-every", 1)
+    weight = "stages.0.embed_text.weight"
+    for step in range(2, 9):
+        expected = ((step - 1) * averages[step - 2][weight] + 9 * seen[step - 1][weight]) / (8 + step)
+        torch.testing.assert_close(averages[step - 1][weight], expected)
+        assert not torch.allclose(averages[step - 1][weight], seen[step - 1][weight], atol=1e-5)
+    assert torch.equal(weights_of(out)[weight], averages[-1][weight])
+
+
+def test_what_is_validated_is_what_is_saved(unbroken):
+    model, tokenizer, run = weights.load_run(unbroken / "last.pt")
+    split = data.open_split(run["data"], "val", tokenizer, model.labels, 32, 16)
+    values = [line["val"] for line in lines_of(unbroken) if "val" in line][-1]
+    assert evaluation.validate(model, split, run["seed"], 7 / 8) == pytest.approx(values)
 
 
 def test_best_pt_is_the_best_of_the_last_phase_and_a_resumed_run_remembers_it(shop, tmp_path, monkeypatch):
@@ -688,8 +729,8 @@ def test_data_are_found_again_from_another_working_directory(unbroken, shop, tmp
 # --- What a resumed run must have in common with the run before ---
 
 
-def test_every_setting_that_changes_what_is_learnt_is_refused_on_resume(run):
-    for flag in each(OF_THE_RECIPE):
+def test_every_setting_that_changes_what_is_learnt_or_saved_is_refused_on_resume(run):
+    for flag in [["--no-average"], *each(OF_THE_RECIPE)]:
         if "--vocab-size" not in flag:
             assert "is another run" in message(in_process, run, *RESUME, *flag), flag
 
@@ -817,7 +858,7 @@ def test_bad_rows_and_bad_pictures_are_named_together_and_once(shop, tmp_path, c
 @pytest.fixture(scope="session")
 def brief(shop, tmp_path_factory):
     """A run with one step left. Copy it before use."""
-    more = [*TINY, "--steps", 3, "--batch-size", 4, "--log-every", 1, "--data", shop]
+    more = [*TINY, "--steps", 3, "--batch-size", 4, "--log-every", 1, "--average", "--data", shop]
     return stop_in_step(1, tmp_path_factory.mktemp("runs") / "brief", *more)
 
 
@@ -986,6 +1027,10 @@ NAMED = {
     "labels are numbers": put("labels", "category", value=[1, 2, 3, 4]),
     "labels are others": put("labels", "category", value=["a", "b", "c", "d"]),
     "best is NaN": put("best", value=math.nan),
+    "the unaveraged weights are missing": lambda contents: contents.pop("unaveraged"),
+    "an unaveraged weight is missing": lambda contents: contents["unaveraged"].pop(FIRST),
+    "an unaveraged weight has another shape": put("unaveraged", FIRST, value=torch.zeros(3)),
+    "an unaveraged weight is no number": put("unaveraged", FIRST, value=torch.full((8,), math.nan)),
     "the optimizer is empty": put("optimizer", value={}),
     "a moment is missing": lambda contents: contents["optimizer"]["state"][0].pop("exp_avg"),
     "a moment has another shape": put("optimizer", "state", 0, "exp_avg", value=torch.zeros(7)),
