@@ -229,8 +229,7 @@ PAPER = dict(  # Sec. 4.1; epochs, warm-up and final learning rate from the auth
     drop_caption=0.0, epochs=150.0, batch_size=1200, optimizer="adamw", lr=2.5e-3, final_lr=1e-5, warmup=5 / 150,
     mirror=0.0, shift=0, zoom=0.0, workers=4, save_every=1000,
 )
-# not in the paper: the demo's recipe, longer, with augmentation, averaged weights, and matching that learns from the
-# towers
+# ours: the demo's recipe, longer, with augmentation, averaged weights and matching that learns from the towers
 PLUS = dict(
     size="pico", objectives="mir,itm:3,mlm,itc,distil,cr", hard_from=0.5, smoothing=0.1, batch_size=256, steps=1800,
     weight_decay=1.0, average=True, mirror=0.5, shift=3, zoom=0.2, save_every=200,

@@ -731,7 +731,7 @@ def train(args, given):
     pools = open_pools(s, splits["train"], order, args.skip_bad)
     untrained = check_plans(model, pools, order)
     result = copy.deepcopy(model).eval() if s.average else model  # what is validated and saved
-    result.learnt = model.learnt
+    result.learnt = model.learnt  # one set for both, which grows with the run
 
     # resume
     step, best = 0, -math.inf
